@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel table of one instruction set (FLASHMETRIC_ISA) and one dtype.
+#pragma once
+
+#include <exact.h>
+#include <gram.h>
+#include <nearest.h>
+#include <pair_sum.h>
+
+namespace flashmetric {
+namespace FLASHMETRIC_ISA {
+
+template <class T>
+void exact_entry(Distance distance, const T* x, T x_norm, const Side<T>& other, const int32_t* list,
+                 int64_t count, T* u) {
+  with_distance(distance, [&](auto d) { exact<decltype(d)>(x, x_norm, other, list, count, u); });
+}
+
+template <class T>
+void accumulate_entry(Distance distance, const T* x, const Side<T>& other, const int32_t* list,
+                      const T* coefficient, int64_t count, T* out) {
+  with_distance(distance,
+                [&](auto d) { accumulate<decltype(d)>(x, other, list, coefficient, count, out); });
+}
+
+template <class T>
+void negative_pairs_entry(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
+                          const Block& block, const PairSumRows<T>& rows,
+                          const PairSumRows<T>& columns, T* scratch) {
+  with_distance(op.distance, [&](auto d) {
+    with_formula(op.formula, [&](auto f) {
+      NegativePairs<decltype(d), decltype(f), T>(op, query, ref, block, rows, columns, scratch)
+          .run();
+    });
+  });
+}
+
+template <class T>
+constexpr CpuKernels<T> make_kernels(const char* isa) {
+  return {isa,
+          Tile<T>::kCols,
+          pack<T>,
+          nearest_negative<T>,
+          exact_entry<T>,
+          accumulate_entry<T>,
+          negative_pairs_entry<T>};
+}
+
+}  // namespace FLASHMETRIC_ISA
+}  // namespace flashmetric
+
+#define FLASHMETRIC_TEXT_OF(x) #x
+#define FLASHMETRIC_TEXT(x) FLASHMETRIC_TEXT_OF(x)
