@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what users pass in: each mistake has one message, here.
+
+A message names the argument, what it should be, and what came. No check reads tensor contents on a
+GPU, so none waits for the device; the contents of ``indices_tuple`` are read on the CPU only.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmetric.ops.distance import DISTANCES
+
+EMBEDDING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.bool)
+
+
+class Batch(NamedTuple):
+    """The tensors of a call, checked, labels as int64."""
+
+    embeddings: Tensor
+    labels: Tensor | None
+    ref_emb: Tensor | None
+    ref_labels: Tensor | None
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite int or float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # A comparison, because math.isfinite() does not take the symbolic numbers of torch.compile.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is a bool."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+
+
+def check_distance(distance: object, normalize: object) -> None:
+    """Raise unless the options that every loss shares are valid."""
+    check_choice("distance", distance, DISTANCES)
+    check_flag("normalize", normalize)
+
+
+def check_batch(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+    indices_tuple: tuple[Tensor, ...] | None,
+) -> Batch:
+    """Raise unless the tensors of a call fit together."""
+    _check_rows("embeddings", embeddings)
+    if ref_emb is not None:
+        _check_rows("ref_emb", ref_emb)
+        if ref_emb.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                f"ref_emb must have as many features as embeddings, {embeddings.shape[1]}; "
+                f"got shape {tuple(ref_emb.shape)}"
+            )
+        _check_same("ref_emb", "dtype", ref_emb.dtype, embeddings.dtype)
+        _check_same("ref_emb", "device", ref_emb.device, embeddings.device)
+    elif ref_labels is not None:
+        raise ValueError("ref_labels must come with ref_emb; got ref_labels alone")
+
+    if labels is not None:
+        labels = _check_labels("labels", labels, "embeddings", embeddings)
+    elif indices_tuple is None:
+        raise ValueError("labels must be given unless indices_tuple is; got None")
+    if ref_labels is not None and ref_emb is not None:
+        ref_labels = _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+    elif ref_emb is not None and indices_tuple is None:
+        raise ValueError("ref_labels must be given with ref_emb unless indices_tuple is; got None")
+    return Batch(embeddings, labels, ref_emb, ref_labels)
+
+
+def check_indices(
+    indices_tuple: tuple[Tensor, ...], embeddings: Tensor, ref_emb: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Raise unless ``indices_tuple`` is (anchors, positives, negatives) or (a1, p, a2, n)."""
+    if not isinstance(indices_tuple, (tuple, list)):
+        raise TypeError(
+            f"indices_tuple must be a tuple of tensors, got {type(indices_tuple).__name__}"
+        )
+    if len(indices_tuple) not in (3, 4):
+        raise ValueError(f"indices_tuple must hold 3 or 4 tensors, got {len(indices_tuple)}")
+    anchors = (0,) if len(indices_tuple) == 3 else (0, 2)
+    refs = embeddings if ref_emb is None else ref_emb
+    for position, index in enumerate(indices_tuple):
+        rows = (embeddings if position in anchors else refs).shape[0]
+        _check_index(f"indices_tuple[{position}]", index, rows, embeddings.device)
+    # A 3-tuple is a list of triplets; a 4-tuple is two lists of pairs.
+    lists = ((0, 1), (0, 2)) if len(indices_tuple) == 3 else ((0, 1), (2, 3))
+    for first, second in lists:
+        if indices_tuple[first].shape != indices_tuple[second].shape:
+            raise ValueError(
+                f"indices_tuple[{second}] must be as long as indices_tuple[{first}], "
+                f"{len(indices_tuple[first])}; got {len(indices_tuple[second])}"
+            )
+    return tuple(indices_tuple)
+
+
+def _check_rows(name: str, rows: object) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must have shape [rows, features], got {tuple(rows.shape)}")
+    if rows.dtype not in EMBEDDING_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16 or float64, got {_short(rows.dtype)}"
+        )
+
+
+def _check_same(name: str, what: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise ValueError(
+            f"{name} must have the {what} of embeddings, {_short(expected)}; got {_short(got)}"
+        )
+
+
+def _check_labels(name: str, labels: object, rows_name: str, rows: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    if labels.ndim != 1 or labels.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"{name} must have shape [{rows.shape[0]}], one label per row of {rows_name}; "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name} must be int64, int32 or bool, got {_short(labels.dtype)}")
+    _check_same(name, "device", labels.device, rows.device)
+    return labels if labels.dtype == torch.int64 else labels.long()
+
+
+def _check_index(name: str, index: object, rows: int, device: torch.device) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(index.shape)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {_short(index.dtype)}")
+    _check_same(name, "device", index.device, device)
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    if low < 0 or high >= rows:
+        raise ValueError(f"{name} must hold row numbers from 0 to {rows - 1}, got {low} to {high}")
+
+
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")

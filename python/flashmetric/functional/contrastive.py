@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive loss over all pairs, or over given pairs."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flashmetric.checks import (
+    Batch,
+    check_batch,
+    check_choice,
+    check_distance,
+    check_indices,
+    check_number,
+)
+from flashmetric.functional.normalize import normalize_rows
+from flashmetric.ops import PairDistance, PairRows, PairTotal
+from flashmetric.ops.distance import Distance
+
+Power = Literal[1, 2]
+Reduction = Literal["mean", "mean_separate", "mean_nonzero", "sum", "none"]
+_POWER, _REDUCTION = get_args(Power), get_args(Reduction)
+_FORMULA = {1: "hinge", 2: "squared_hinge"}
+_pair_distance: Callable[..., Tensor] = PairDistance.apply
+_pair_rows: Callable[..., tuple[Tensor, Tensor]] = PairRows.apply
+_pair_total: Callable[..., tuple[Tensor, Tensor]] = PairTotal.apply
+
+
+def contrastive_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    pos_margin: float = 0.0,
+    neg_margin: float = 1.0,
+    distance: Distance = "euclidean",
+    power: Power = 1,
+    scale: float = 1.0,
+    reduction: Reduction = "mean_nonzero",
+    normalize: bool = False,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    indices_tuple: tuple[Tensor, ...] | None = None,
+) -> Tensor:
+    r"""Contrastive loss over all ordered pairs of different rows.
+
+    Equivalent to, without the N x N matrices::
+
+        d = torch.cdist(embeddings, embeddings)
+        same = labels[:, None] == labels
+        pos = d[same & ~torch.eye(len(d), dtype=torch.bool)].sub(pos_margin).relu() ** power
+        neg = (neg_margin - d[~same]).relu() ** power
+        loss = scale * (pos.sum() / (pos > 0).sum() + neg.sum() / (neg > 0).sum())
+
+    .. math::
+        \ell_{ij} = \text{scale} \cdot \begin{cases}
+            \max(d_{ij} - \text{pos\_margin}, 0)^{\text{power}} & \text{same class} \\
+            \max(\text{neg\_margin} - d_{ij}, 0)^{\text{power}} & \text{other class}
+        \end{cases}
+
+    Args:
+        embeddings: anchors, shape [N, D], float32, float16, bfloat16 or float64, any strides.
+        labels: class of each anchor, shape [N], int64, int32 or bool. May be None with
+            ``indices_tuple``.
+        pos_margin: distance below which a positive pair costs nothing. Default: 0.
+        neg_margin: distance above which a negative pair costs nothing. Default: 1.
+        distance: ``"euclidean"`` (default), ``"sqeuclidean"``, ``"cosine"`` (1 - cosine, rows are
+            normalised first) or ``"dot"`` (minus the inner product).
+        power: 1 (default) for the hinge, 2 for its square.
+        scale: factor on every pair. Default: 1.
+        reduction: ``"mean_nonzero"`` (default) is the mean over the positives with a loss above 0
+            plus the mean over the negatives with a loss above 0; ``"mean_separate"`` the mean over
+            all positives plus the mean over all negatives; ``"mean"`` over all pairs jointly;
+            ``"sum"``; ``"none"`` the sum over each anchor's pairs.
+        normalize: scale rows to unit length first, see :func:`normalize_rows`. Default: False.
+        ref_emb: second rows of the pairs, shape [M, D], dtype of ``embeddings``. Default: the
+            anchors themselves, a row being no pair with itself. Given references exclude no pair,
+            whatever object they are.
+        ref_labels: classes of ``ref_emb``, shape [M].
+        indices_tuple: int64 row numbers that replace the labels: pairs (a1, p, a2, n), or triplets
+            (a, p, n), which stand for the pairs (a, p) and (a, n). ``a`` indexes ``embeddings``,
+            ``p`` and ``n`` index ``ref_emb`` if given, else ``embeddings``. Repeated pairs count
+            repeatedly.
+
+    Returns:
+        A scalar; with ``reduction="none"`` shape [N]. float32, or float64 for float64 embeddings.
+        Without any pair it is 0 and back-propagates zeros. NaN or infinite rows, and rows whose
+        squared length overflows, make the loss over labelled pairs NaN.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value.
+
+    Ties:
+        Coinciding rows have distance 0 and gradient 0. The hinge is active strictly above 0. Pairs
+        much closer than their distance to the origin are measured by differences, so that
+        duplicates are exact.
+
+    Determinism:
+        Bitwise reproducible from run to run on the CPU, forward and backward.
+
+    Memory:
+        O((N + M) D) besides a slab of fixed size: the gradient is computed along with the loss,
+        and no matrix of pairs is kept for backward.
+
+    Example:
+        >>> import torch
+        >>> from flashmetric.functional import contrastive_loss
+        >>> x = torch.tensor([[0.0], [0.5], [1.0]], requires_grad=True)
+        >>> loss = contrastive_loss(x, torch.tensor([0, 0, 1]), reduction="mean_separate")
+        >>> loss.backward()
+        >>> loss.item(), x.grad.flatten().tolist()
+        (0.75, [-1.0, 1.5, -0.5])
+
+    Source:
+        R. Hadsell, S. Chopra, Y. LeCun: Dimensionality Reduction by Learning an Invariant Mapping,
+        CVPR 2006 (power 2, scale 1/2, pos_margin 0).
+    """
+    check_contrastive_options(pos_margin, neg_margin, distance, power, scale, reduction, normalize)
+    batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
+    if indices_tuple is not None:
+        indices_tuple = check_indices(indices_tuple, embeddings, ref_emb)
+    if normalize or distance == "cosine":
+        refs = None if ref_emb is None else normalize_rows(ref_emb)
+        batch = batch._replace(embeddings=normalize_rows(embeddings), ref_emb=refs)
+
+    if indices_tuple is not None:
+        return _given(
+            batch, indices_tuple, pos_margin, neg_margin, distance, power, scale, reduction
+        )
+    formula = _FORMULA[power]
+    if reduction == "none":
+        sums, _ = _pair_rows(*batch, distance, formula, pos_margin, neg_margin)
+        return scale * sums.sum(0)
+    refs = batch.ref_emb
+    with_grad = torch.is_grad_enabled() and (
+        batch.embeddings.requires_grad or (refs is not None and refs.requires_grad)
+    )
+    totals, counts = _pair_total(*batch, distance, formula, pos_margin, neg_margin, with_grad)
+    if reduction == "sum":
+        return scale * totals.sum()
+    if reduction == "mean":
+        divisor = counts[:2].sum(0, keepdim=True)
+    else:
+        divisor = counts[:2] if reduction == "mean_separate" else counts[2:]
+    weight = scale / divisor.clamp(min=1).to(totals.dtype)
+    return (totals * weight).sum()
+
+
+def check_contrastive_options(
+    pos_margin: float,
+    neg_margin: float,
+    distance: str,
+    power: int,
+    scale: float,
+    reduction: str,
+    normalize: bool,
+) -> None:
+    """Raise unless the options of :func:`contrastive_loss` are valid."""
+    check_number("pos_margin", pos_margin)
+    check_number("neg_margin", neg_margin)
+    check_distance(distance, normalize)
+    check_choice("power", power, _POWER)
+    check_number("scale", scale)
+    check_choice("reduction", reduction, _REDUCTION)
+
+
+def _given(
+    batch: Batch,
+    indices: tuple[Tensor, ...],
+    pos_margin: float,
+    neg_margin: float,
+    distance: str,
+    power: int,
+    scale: float,
+    reduction: str,
+) -> Tensor:
+    a1, p, a2, n = indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
+    d = _pair_distance(
+        batch.embeddings, batch.ref_emb, torch.cat((a1, a2)), torch.cat((p, n)), distance
+    )
+    d_pos, d_neg = d.split((len(p), len(n)))
+    pos, neg = (d_pos - pos_margin).relu(), (neg_margin - d_neg).relu()
+    if power == 2:
+        pos, neg = pos.square(), neg.square()
+
+    if reduction == "none":
+        rows = d.new_zeros(batch.embeddings.shape[0])
+        return scale * rows.index_add(0, a1, pos).index_add(0, a2, neg)
+    divisors: tuple[Tensor | int, Tensor | int] = 1, 1
+    if reduction == "mean":
+        divisors = (max(len(p) + len(n), 1),) * 2
+    elif reduction == "mean_separate":
+        divisors = max(len(p), 1), max(len(n), 1)
+    elif reduction == "mean_nonzero":
+        divisors = _active(pos), _active(neg)
+    total: Tensor = pos.sum() / divisors[0] + neg.sum() / divisors[1]
+    return scale * total
+
+
+def _active(loss: Tensor) -> Tensor:
+    return (loss > 0).sum().clamp_(min=1)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw ops ``torch.ops.flashmetric.*`` and the autograd functions around them.
+
+Every op has its schema, its PyTorch implementation for any device and its shape rule here, in
+Python; the native library adds faster implementations for some devices. The ops check only what
+memory safety needs: :mod:`flashmetric.functional` is the interface for users.
+"""
+
+from flashmetric.ops.hardest import Hardest
+from flashmetric.ops.pair_distance import PairDistance
+from flashmetric.ops.pair_sum import PairRows, PairTotal
+
+__all__ = ["Hardest", "PairDistance", "PairRows", "PairTotal"]

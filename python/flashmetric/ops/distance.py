@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four distances for the PyTorch implementations of the ops: every formula once.
+
+All four are functions of one number u that inner products yield::
+
+    difference distances:  u = |x - r|^2 = bias(x) + bias(r) - 2 x.r,  du/dx = 2 (x - r)
+    dot:                   u = -2 x.r,                                 du/dx = -2 r
+
+``value(u)`` is the distance and ``slope(value)`` its derivative in u. Rows of a "cosine" distance
+have unit length already; the cosine of a zero row is 0 by definition, so its u is 2.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+Distance = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
+DISTANCES: tuple[str, ...] = get_args(Distance)
+
+SLAB_ELEMENTS = 1 << 20
+"""Size of the largest temporary besides O(N D): a slab fits the caches, N x M does not."""
+
+# Relative rounding error of u grows like (|x|^2 + |r|^2) / u; beyond this ratio the difference
+# itself is squared instead.
+NEAR = 2.0**-10
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of distances, sums and of all arithmetic for rows of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(kernel: Callable[P, T]) -> Callable[P, T]:
+    """Keep autocast out of ``kernel``: matrix products stay in the accumulation dtype."""
+
+    @wraps(kernel)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        query = next(value for value in args if isinstance(value, Tensor))
+        device = query.device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return wrapper
+
+
+def slabs(rows: int, row_elements: int) -> Iterator[slice]:
+    """Split ``rows`` so that ``row_elements`` of each fit a slab."""
+    step = max(1, SLAB_ELEMENTS // max(1, row_elements))
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
+
+
+def is_difference(distance: str) -> bool:
+    """Whether the distance is a function of x - r (all but "dot")."""
+    return distance != "dot"
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Squared row norms, [N]."""
+    return x.square().sum(1)
+
+
+def bias(norms: Tensor, distance: str) -> Tensor:
+    """What a row adds to u, from its squared norm."""
+    if distance == "dot":
+        return torch.zeros_like(norms)
+    if distance == "cosine":
+        return norms.masked_fill(norms == 0, 1)
+    return norms
+
+
+def value(u: Tensor, distance: str) -> Tensor:
+    """Distance from u."""
+    if distance == "euclidean":
+        return u.clamp(min=0).sqrt_()
+    if distance == "sqeuclidean":
+        return u.clamp(min=0)
+    if distance == "cosine":
+        return u.clamp(min=0).mul_(0.5)
+    return u * 0.5
+
+
+def slope(value: Tensor, distance: str) -> Tensor:
+    """Derivative of the distance in u, from the distance; NaN where the distance is NaN.
+
+    The root has no derivative at 0; 0 is the subgradient that keeps duplicates finite.
+    """
+    if distance == "euclidean":
+        return (0.5 / value).masked_fill_(value == 0, 0)
+    constant = 1.0 if distance == "sqeuclidean" else 0.5
+    return torch.full_like(value, constant).masked_fill_(value.isnan(), torch.nan)
+
+
+def exact_u(x: Tensor, r: Tensor, distance: str) -> Tensor:
+    """Values of u from paired rows [..., D], without cancellation."""
+    if distance == "dot":
+        return (x * r).sum(-1).mul_(-2)
+    u = (x - r).square_().sum(-1)
+    if distance == "cosine":
+        u.masked_fill_(has_zero_row(x, r), 2)
+    return u
+
+
+def du_dx(x: Tensor, r: Tensor, distance: str) -> Tensor:
+    """Gradients of u in x for paired rows [..., D]."""
+    if distance == "dot":
+        return r * -2
+    gradient = (x - r).mul_(2)
+    if distance == "cosine":
+        gradient.masked_fill_(has_zero_row(x, r).unsqueeze(-1), 0)
+    return gradient
+
+
+def has_zero_row(x: Tensor, r: Tensor) -> Tensor:
+    """Which of the paired rows [..., D] hold a row of zeros."""
+    return (x.any(-1) & r.any(-1)).logical_not_()
+
+
+def poison(*norms: Tensor) -> Tensor:
+    """0-d tensor: NaN if any squared norm is not finite, else 0."""
+    total = (norms[0] * 0).sum()
+    for other in norms[1:]:
+        total = total + (other * 0).sum()
+    return total

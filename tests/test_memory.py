@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No matrix of pairs: the peak memory of a training step stays far below N x N elements."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flashmetric import ContrastiveLoss, TripletMarginLoss
+
+N, D = 8192, 32
+MATRIX_BYTES = N * N * 4
+
+# Prints by how much the resident peak grew during a step. The first, small step pays for what is
+# allocated once, such as threads and the buffers of the matrix library.
+PROGRAM = """
+import resource, sys
+import torch
+from flashmetric import ContrastiveLoss, TripletMarginLoss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(n):
+    x = torch.randn(n, int(sys.argv[3]), requires_grad=True)
+    labels = torch.randint(64, (n,))
+    loss(x, labels).sum().backward()
+
+loss = eval(sys.argv[1])
+torch.set_num_threads(2)
+step(2048)
+before = peak()
+step(int(sys.argv[2]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("backend", ["default", "python"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "TripletMarginLoss(swap=True)",
+        "ContrastiveLoss(1.0, 8.0)",
+        "ContrastiveLoss(1.0, 8.0, reduction='none')",
+    ],
+)
+def test_cpu_peak(loss: str, backend: str) -> None:
+    environment = dict(os.environ)
+    if backend == "python":
+        environment["FLASHMETRIC_BACKEND"] = "python"
+        environment.pop("FLASHMETRIC_REQUIRE_NATIVE", None)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, loss, str(N), str(D)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert int(result.stdout) < MATRIX_BYTES / 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("loss", [TripletMarginLoss(swap=True), ContrastiveLoss(1.0, 8.0)])
+def test_cuda_peak(loss: torch.nn.Module) -> None:
+    x = torch.randn(N, D, device="cuda", requires_grad=True)
+    labels = torch.randint(64, (N,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss(x, labels).backward()
+    assert torch.cuda.max_memory_allocated() - before < MATRIX_BYTES / 4

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The raw ops: registration, shapes, memory layouts, errors, and native code against PyTorch code."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import DISTANCES, DTYPES, make_labels, make_rows
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flashmetric.ops.hardest import hardest_fallback
+from flashmetric.ops.pair_distance import pair_distance_backward_fallback, pair_distance_fallback
+from flashmetric.ops.pair_sum import pair_sum_backward_fallback, pair_sum_fallback
+
+OPS = torch.ops.flashmetric
+FORMULAS = ["hinge", "squared_hinge"]
+FALLBACKS = {
+    "hardest": hardest_fallback,
+    "pair_distance": pair_distance_fallback,
+    "pair_distance_backward": pair_distance_backward_fallback,
+    "pair_sum": pair_sum_fallback,
+    "pair_sum_backward": pair_sum_backward_fallback,
+}
+
+
+def sides(
+    n: int,
+    m: int | None,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    strides: str = "contiguous",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x = make_rows(n, d, dtype, device=device, strides=strides).detach()
+    labels = make_labels(n, device=device)
+    if m is None:
+        return x, labels, None, None
+    r = make_rows(m, d, dtype, device=device, strides=strides).detach()
+    return x, labels, r, make_labels(m, device=device)
+
+
+def calls(
+    n: int, m: int | None, d: int, distance: str = "euclidean", **options: Any
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """One or two calls of every op on the same rows, with consistent arguments."""
+    x, labels, r, ref_labels = sides(n, m, d, **options)
+    rows = n if m is None else m
+    result_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    listed = torch.randint(-1, rows, (2, n), device=x.device)
+    query_index = torch.randint(-1, n, (11 if n and rows else 0,), device=x.device)
+    ref_index = torch.randint(-1, max(rows, 1), query_index.shape, device=x.device)
+    batch = (x, labels, r, ref_labels, distance)
+    result: list[tuple[str, tuple[Any, ...]]] = [("hardest", batch)]
+    for qi, ri in ((None, listed), (query_index, ref_index)):
+        values = pair_distance_fallback(x, r, qi, ri, distance)
+        grad = torch.randn(ri.shape, dtype=result_dtype, device=x.device)
+        result.append(("pair_distance", (x, r, qi, ri, distance)))
+        result.append(("pair_distance_backward", (grad, x, r, qi, ri, values, distance)))
+    grad = torch.randn((2, n), dtype=result_dtype, device=x.device)
+    for formula in FORMULAS:
+        margins = (formula, 0.5, 3.0)
+        result.append(("pair_sum", (*batch, *margins, True)))
+        result.append(("pair_sum", (*batch, *margins, False)))
+        result.append(("pair_sum_backward", (grad, *batch, *margins)))
+    return result
+
+
+def run(name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    outputs = getattr(OPS, name)(*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def run_fallback(name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    outputs: Any = FALLBACKS[name](*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@pytest.mark.parametrize("m", [None, 5])
+@pytest.mark.parametrize("distance", ["euclidean", "dot"])
+def test_opcheck(m: int | None, distance: str, device: torch.device) -> None:
+    for name, args in calls(7, m, 3, distance, device=device):
+        torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, None), (7, 5), (0, None), (0, 3), (3, 0)], ids=str)
+def test_fake_tensors_have_the_shapes_of_real_ones(
+    shape: tuple[int, int | None], dtype: torch.dtype
+) -> None:
+    for name, args in calls(*shape, 3, dtype=dtype):
+        real = run(name, args)
+        with FakeTensorMode() as mode:
+            fake = run(name, tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+        for expected, got in zip(real, fake, strict=True):
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
+            assert got.stride() == expected.stride(), name
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("shape", [(0, None), (0, 3), (3, 0), (0, 0), (1, None)], ids=str)
+def test_empty_sides(shape: tuple[int, int | None], device: torch.device) -> None:
+    for name, args in calls(*shape, 4, device=device):
+        for output in run(name, args):
+            assert output.isfinite().all(), name
+            if name == "hardest" and output.dtype == torch.int64:
+                assert (output == -1).all()
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_no_features(device: torch.device) -> None:
+    for name, args in calls(6, None, 0, device=device):
+        for output in run(name, args):
+            assert output.isfinite().all(), name
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("strides", ["contiguous", "columns", "slice"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [None, 101])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_native_agrees_with_pytorch(
+    distance: str, m: int | None, dtype: torch.dtype, strides: str, device: torch.device
+) -> None:
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-4
+    if dtype in (torch.float16, torch.bfloat16):
+        tolerance = torch.finfo(dtype).eps
+    for name, args in calls(97, m, 19, distance, dtype=dtype, device=device, strides=strides):
+        got, expected = run(name, args), run_fallback(name, args)
+        if name == "hardest":
+            # Rounding may order equal candidates differently: what counts is their distance.
+            assert got[0].shape == expected[0].shape and ((got[0] < 0) == (expected[0] < 0)).all()
+            measured = pair_distance_fallback(args[0], args[2], None, got[0], distance)
+            torch.testing.assert_close(got[1], measured, rtol=1e-5, atol=1e-5)
+            got, expected = got[1:], expected[1:]
+        for ours, theirs in zip(got, expected, strict=True):
+            assert ours.dtype == theirs.dtype, name
+            scale = theirs.abs().max().item() if theirs.numel() else 0
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_selection_covers_every_slab(
+    distance: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [run_fallback(name, args) for name, args in self_calls(distance, device)]
+    monkeypatch.setattr("flashmetric.ops.distance.SLAB_ELEMENTS", 100)
+    for (name, args), expected in zip(self_calls(distance, device), whole, strict=True):
+        for ours, theirs in zip(run_fallback(name, args), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def self_calls(distance: str, device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    torch.manual_seed(1)
+    return calls(43, 29, 5, distance, dtype=torch.float64, device=device)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("bad", [-2, 5])
+@pytest.mark.parametrize("side", ["query_index", "ref_index"])
+def test_index_out_of_range(side: str, bad: int, backward: bool) -> None:
+    x = torch.randn(5, 3)
+    index = {name: torch.tensor([0, 1]) for name in ("query_index", "ref_index")}
+    index[side] = torch.tensor([0, bad])
+    pairs = (x, None, index["query_index"], index["ref_index"])
+    with pytest.raises((IndexError, RuntimeError), match=side):
+        if backward:
+            OPS.pair_distance_backward(torch.ones(2), *pairs, torch.ones(2), "euclidean")
+        else:
+            OPS.pair_distance(*pairs, "euclidean")
+
+
+def test_missing_pairs_do_not_touch_the_row_that_stands_in(device: torch.device) -> None:
+    x = torch.randn(4, 3, device=device)
+    x[0] = torch.nan
+    i = torch.tensor([-1, 2, 1], device=device)
+    j = torch.tensor([1, -1, 2], device=device)
+    values = OPS.pair_distance(x, None, i, j, "euclidean")
+    assert values[:2].tolist() == [0, 0] and values[2] > 0
+    grad, _ = OPS.pair_distance_backward(torch.ones_like(values), x, None, i, j, values, "dot")
+    assert grad.isfinite().all() and not grad[[0, 3]].any()
+
+
+def test_counts(device: torch.device) -> None:
+    x = torch.tensor([[0.0], [1.0], [3.0]], device=device)
+    labels = torch.tensor([0, 0, 1], device=device)
+    sums, counts, _, _ = OPS.pair_sum(
+        x, labels, None, None, "euclidean", "hinge", 0.5, 2.5, False
+    )
+    assert sums.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
+    assert counts.tolist() == [[1, 1, 0], [1, 1, 2], [1, 1, 0], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("m", [None, 6])
+def test_non_finite_rows_spoil_all_pairs(m: int | None, device: torch.device) -> None:
+    x, labels, r, ref_labels = sides(8, m, 3, device=device)
+    labels[:] = torch.arange(8) % 2
+    (x if r is None else r)[2, 1] = torch.inf
+    pairs = (x, labels, r, ref_labels, "sqeuclidean", "hinge", 0.0, 1.0)
+    sums, counts, grad_query, grad_ref = OPS.pair_sum(*pairs, True)
+    some = counts[:2] > 0
+    assert sums[some].isnan().all() and not sums[~some].any()
+    assert grad_query[some].isnan().all()
+    grad_query, grad_ref = OPS.pair_sum_backward(torch.ones_like(sums), *pairs)
+    assert grad_query[some.any(0)].isnan().all()
