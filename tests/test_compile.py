@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_labels, make_rows
 from torch import Tensor, nn
 
 from flashmetric import ContrastiveLoss, TripletMarginLoss
+from helpers import make_labels, make_rows
 
 LOSSES = [
     TripletMarginLoss(),

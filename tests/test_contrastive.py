@@ -3,12 +3,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import DISTANCES, DTYPES, REF_SHAPES, SHAPES, compare, make_labels, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmetric import functional, reference
 from flashmetric.functional import contrastive_loss
+from helpers import DISTANCES, DTYPES, REF_SHAPES, SHAPES, compare, make_labels, make_rows
 
 REDUCTIONS = ["mean", "mean_separate", "mean_nonzero", "sum", "none"]
 # Margins at which both kinds of pairs are partly active for normally distributed rows.

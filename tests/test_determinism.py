@@ -9,7 +9,8 @@ import torch
 
 from flashmetric import ContrastiveLoss, TripletMarginLoss, _library
 
-# Prints a digest of losses and gradients of several batches, for the number of threads given.
+# Prints a digest of losses and gradients of several batches, for the number of threads given. The
+# batches are large enough for the kernels to use threads, the last one for torch's sums to as well.
 PROGRAM = """
 import hashlib, sys
 import torch
@@ -17,16 +18,19 @@ from flashmetric import ContrastiveLoss, TripletMarginLoss
 
 torch.set_num_threads(int(sys.argv[1]))
 digest = hashlib.sha256()
-losses = [TripletMarginLoss(swap=True), ContrastiveLoss(0.5, 6.0), ContrastiveLoss(reduction="none")]
-for n, m, d, dtype in ((300, 0, 24, torch.float32), (211, 700, 40, torch.float32),
-                       (97, 0, 7, torch.float64), (130, 0, 16, torch.bfloat16)):
+losses = [TripletMarginLoss(swap=True), ContrastiveLoss(0.5, 6.0),
+          ContrastiveLoss(reduction="none")]
+for n, m, d, classes, dtype in ((1101, 0, 24, 150, torch.float32), (1000, 0, 40, 5, torch.float32),
+                                (311, 1700, 40, 90, torch.float32), (1203, 0, 13, 9, torch.float64),
+                                (1030, 0, 16, 200, torch.bfloat16),
+                                (60000, 40, 8, 9, torch.float32)):
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(9, (n,), generator=generator)
+    labels = torch.randint(classes, (n,), generator=generator)
     ref = {}
     if m:
         r = torch.randn(m, d, generator=generator).to(dtype).requires_grad_()
-        ref = {"ref_emb": r, "ref_labels": torch.randint(9, (m,), generator=generator)}
+        ref = {"ref_emb": r, "ref_labels": torch.randint(classes, (m,), generator=generator)}
     for loss in losses:
         value = loss(x, labels, **ref).sum()
         leaves = [x, r] if m else [x]
@@ -57,8 +61,8 @@ def test_thread_counts_agree() -> None:
     "loss", [TripletMarginLoss(0.5), ContrastiveLoss(0.5, 6.0), ContrastiveLoss(reduction="none")]
 )
 def test_runs_agree(loss: torch.nn.Module, device: torch.device) -> None:
-    x = torch.randn(517, 33, device=device, requires_grad=True)
-    labels = torch.randint(20, (517,), device=device)
+    x = torch.randn(1001, 33, device=device, requires_grad=True)
+    labels = torch.randint(20, (1001,), device=device)
     results = []
     for _ in range(3):
         value = loss(x, labels)

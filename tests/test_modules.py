@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_labels, make_rows
 from torch import Tensor, nn
 
 import flashmetric
 from flashmetric import ContrastiveLoss, TripletMarginLoss
 from flashmetric.functional import contrastive_loss, triplet_margin_loss
+from helpers import make_labels, make_rows
 
 FUNCTIONS: list[Callable[..., Tensor]] = [triplet_margin_loss, contrastive_loss]
 X = torch.zeros(4, 3)

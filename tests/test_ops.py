@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw ops: registration, shapes, memory layouts, errors, and native code against PyTorch code."""
+"""The raw ops: registration, shapes, strides, errors, and native code against PyTorch code."""
 
 from typing import Any
 
 import pytest
 import torch
-from helpers import DISTANCES, DTYPES, make_labels, make_rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmetric.ops.hardest import hardest_fallback
 from flashmetric.ops.pair_distance import pair_distance_backward_fallback, pair_distance_fallback
 from flashmetric.ops.pair_sum import pair_sum_backward_fallback, pair_sum_fallback
+from helpers import DISTANCES, DTYPES, make_labels, make_rows
 
 OPS = torch.ops.flashmetric
 FORMULAS = ["hinge", "squared_hinge"]
@@ -91,7 +91,9 @@ def test_fake_tensors_have_the_shapes_of_real_ones(
     for name, args in calls(*shape, 3, dtype=dtype):
         real = run(name, args)
         with FakeTensorMode() as mode:
-            fake = run(name, tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
+            fake = run(
+                name, tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+            )
         for expected, got in zip(real, fake, strict=True):
             assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
             assert got.stride() == expected.stride(), name
@@ -140,17 +142,17 @@ def test_native_agrees_with_pytorch(
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_the_selection_covers_every_slab(
+def test_slabs_do_not_change_results(
     distance: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = [run_fallback(name, args) for name, args in self_calls(distance, device)]
+    whole = [run_fallback(name, args) for name, args in repeatable_calls(distance, device)]
     monkeypatch.setattr("flashmetric.ops.distance.SLAB_ELEMENTS", 100)
-    for (name, args), expected in zip(self_calls(distance, device), whole, strict=True):
+    for (name, args), expected in zip(repeatable_calls(distance, device), whole, strict=True):
         for ours, theirs in zip(run_fallback(name, args), expected, strict=True):
             torch.testing.assert_close(ours, theirs, msg=name)
 
 
-def self_calls(distance: str, device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+def repeatable_calls(distance: str, device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
     torch.manual_seed(1)
     return calls(43, 29, 5, distance, dtype=torch.float64, device=device)
 
@@ -184,9 +186,7 @@ def test_missing_pairs_do_not_touch_the_row_that_stands_in(device: torch.device)
 def test_counts(device: torch.device) -> None:
     x = torch.tensor([[0.0], [1.0], [3.0]], device=device)
     labels = torch.tensor([0, 0, 1], device=device)
-    sums, counts, _, _ = OPS.pair_sum(
-        x, labels, None, None, "euclidean", "hinge", 0.5, 2.5, False
-    )
+    sums, counts, _, _ = OPS.pair_sum(x, labels, None, None, "euclidean", "hinge", 0.5, 2.5, False)
     assert sums.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     assert counts.tolist() == [[1, 1, 0], [1, 1, 2], [1, 1, 0], [0, 1, 1]]
 

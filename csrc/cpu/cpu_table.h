@@ -4,7 +4,7 @@
 
 #include <exact.h>
 #include <gram.h>
-#include <nearest.h>
+#include <hardest.h>
 #include <pair_sum.h>
 
 namespace flashmetric {
@@ -40,7 +40,7 @@ constexpr CpuKernels<T> make_kernels(const char* isa) {
   return {isa,
           Tile<T>::kCols,
           pack<T>,
-          nearest_negative<T>,
+          hardest<T>,
           exact_entry<T>,
           accumulate_entry<T>,
           negative_pairs_entry<T>};

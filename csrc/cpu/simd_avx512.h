@@ -15,6 +15,7 @@ struct Mask {
   Bits m;
   FLASHMETRIC_INLINE Mask operator&(Mask o) const { return {static_cast<Bits>(m & o.m)}; }
   FLASHMETRIC_INLINE Mask operator|(Mask o) const { return {static_cast<Bits>(m | o.m)}; }
+  FLASHMETRIC_INLINE Mask operator~() const { return {static_cast<Bits>(~m)}; }
   FLASHMETRIC_INLINE bool any() const { return m != 0; }
   FLASHMETRIC_INLINE unsigned bits() const { return m; }
 };

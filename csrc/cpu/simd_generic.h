@@ -31,6 +31,7 @@ struct Mask {
   Int m;
   FLASHMETRIC_INLINE Mask operator&(Mask o) const { return {m & o.m}; }
   FLASHMETRIC_INLINE Mask operator|(Mask o) const { return {m | o.m}; }
+  FLASHMETRIC_INLINE Mask operator~() const { return {~m}; }
   FLASHMETRIC_INLINE unsigned bits() const {
     unsigned b = 0;
     for (int l = 0; l < kLanes; ++l) b |= (m[l] ? 1u : 0u) << l;

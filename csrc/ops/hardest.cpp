@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // hardest: per query row the farthest reference of its class and the nearest of another class.
-// Positives are few and compared by exact differences; negatives by tiles of inner products, each
-// tile serving both of its sides in a self-batch; the winners are measured by exact differences.
+// Positives are few and compared by exact differences (many: like negatives); negatives by tiles of
+// inner products, each tile serving both of its sides in a self-batch; the winners are measured by
+// exact differences.
 #include <batch.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,25 +11,42 @@
 namespace flashmetric {
 namespace {
 
+// Running minima of one kind of pair for all rows.
+template <class T>
+struct Minima {
+  Buffer<T> key;
+  Buffer<int32_t> index;
+
+  Minima() = default;
+  explicit Minima(int64_t n) : key(n, infinity<T>()), index(n, -1) {}
+  Nearest<T> at(int64_t offset) { return {key.data() + offset, index.data() + offset}; }
+};
+
 template <class T>
 class Hardest {
  public:
   Hardest(const Batch<T>& batch, Distance distance)
-      : batch_(batch), distance_(distance), positives_(batch.ref.classes, batch.m, batch.classes) {}
+      : batch_(batch),
+        distance_(distance),
+        lists_(batch.ref.classes, batch.m, batch.classes),
+        tiled_positives_(positives_outweigh_tiles()),
+        negative_(batch.n),
+        positive_(tiled_positives_ ? batch.n : 0) {}
 
   void run(int64_t* index, T* distances) {
-    Buffer<T> key(batch_.n, infinity<T>());
-    Buffer<int32_t> nearest(batch_.n, -1);
-    if (batch_.n > 0 && batch_.m > 0) sweep({key.data(), nearest.data()});
+    if (batch_.n > 0 && batch_.m > 0) sweep();
     constexpr int64_t kRowsPerTask = 16;
-    const bool parallel =
-        batch_.n * batch_.d * (2 + batch_.m / (batch_.classes + 1)) * 4 >= kParallelWork;
+    const int64_t pairs_per_row = 1 + (tiled_positives_ ? 1 : batch_.m / (batch_.classes + 1));
+    const bool parallel = batch_.n * batch_.d * pairs_per_row * 4 >= kParallelWork;
     for_each((batch_.n + kRowsPerTask - 1) / kRowsPerTask, parallel, [&](int64_t task) {
       std::vector<T> u;
       const int64_t end = std::min((task + 1) * kRowsPerTask, batch_.n);
       for (int64_t i = task * kRowsPerTask; i < end; ++i) {
-        finish(farthest_positive(i, u), i, index, distances);
-        finish(measured_negative(i, nearest[i]), i, index + batch_.n, distances + batch_.n);
+        finish(tiled_positives_ ? measured(i, stand_in(i, positive_.index[i], true))
+                                : farthest_positive(i, u),
+               i, index, distances);
+        finish(measured(i, stand_in(i, negative_.index[i], false)), i, index + batch_.n,
+               distances + batch_.n);
       }
     });
   }
@@ -39,15 +57,30 @@ class Hardest {
     T u;
   };
 
-  void sweep(Nearest<T> rows) const {
+  // An exact difference costs about eight times a multiply-add of a tile, so with large classes
+  // positives are selected in the tiles too, where a far pair loses nothing to cancellation.
+  bool positives_outweigh_tiles() const {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < batch_.n; ++i)
+      if (batch_.query.classes[i] >= 0) pairs += lists_.count(batch_.query.classes[i]);
+    return pairs > batch_.n * batch_.m / 32;
+  }
+
+  Extremes<T> extremes(Minima<T>& negative, Minima<T>& positive, int64_t offset) const {
+    return {negative.at(offset),
+            tiled_positives_ ? positive.at(offset) : Nearest<T>{nullptr, nullptr}};
+  }
+
+  void sweep() {
     const CpuKernels<T>& kernels = cpu_kernels<T>();
     const bool parallel = batch_.n * batch_.m * batch_.d >= kParallelWork;
     const Blocks columns(batch_.m, kernels.panel_width, batch_.block_rows());
     if (batch_.self) {
+      const Extremes<T> rows = extremes(negative_, positive_, 0);
       Schedule::symmetric(columns.count()).run(parallel, [&](int64_t i, int64_t j) {
         const Block block{columns.begin(i), columns.end(i), columns.begin(j), columns.end(j),
                           i == j};
-        kernels.nearest_negative(batch_.query, batch_.ref, block, rows, rows);
+        kernels.hardest(batch_.query, batch_.ref, block, rows, &rows);
       });
       return;
     }
@@ -57,33 +90,38 @@ class Hardest {
     constexpr int64_t kWantedTasks = 64;
     const int64_t parts =
         std::min((kWantedTasks + row_blocks.count() - 1) / row_blocks.count(), columns.count());
-    Buffer<T> key(parts * batch_.n, infinity<T>());
-    Buffer<int32_t> index(parts * batch_.n, -1);
+    Minima<T> negative(parts * batch_.n), positive(tiled_positives_ ? parts * batch_.n : 0);
     for_each(row_blocks.count() * parts, parallel, [&](int64_t task) {
       const int64_t i = task % row_blocks.count(), part = task / row_blocks.count();
-      const Nearest<T> partial{key.data() + part * batch_.n, index.data() + part * batch_.n};
+      const Extremes<T> partial = extremes(negative, positive, part * batch_.n);
       for (int64_t j = columns.count() * part / parts; j < columns.count() * (part + 1) / parts;
            ++j) {
         const Block block{row_blocks.begin(i), row_blocks.end(i), columns.begin(j), columns.end(j),
                           false};
-        kernels.nearest_negative(batch_.query, batch_.ref, block, partial, {nullptr, nullptr});
+        kernels.hardest(batch_.query, batch_.ref, block, partial, nullptr);
       }
     });
-    // Parts cover ascending references, so the first of equal keys has the lowest index.
-    for (int64_t part = 0; part < parts; ++part)
-      for (int64_t i = 0; i < batch_.n; ++i)
-        if (key[part * batch_.n + i] < rows.key[i]) {
-          rows.key[i] = key[part * batch_.n + i];
-          rows.index[i] = index[part * batch_.n + i];
-        }
+    merge(negative, negative_);
+    if (tiled_positives_) merge(positive, positive_);
+  }
+
+  // Parts cover ascending references, so the first of equal keys has the lowest index.
+  void merge(const Minima<T>& parts, Minima<T>& out) const {
+    for (int64_t k = 0; k < parts.key.size(); ++k) {
+      const int64_t i = k % batch_.n;
+      if (parts.key[k] < out.key[i]) {
+        out.key[i] = parts.key[k];
+        out.index[i] = parts.index[k];
+      }
+    }
   }
 
   Found farthest_positive(int64_t i, std::vector<T>& u) const {
     const int32_t own = batch_.query.classes[i];
     Found best{-1, T(0)};
     if (own < 0) return best;
-    const int32_t* list = positives_.begin(own);
-    const int64_t count = positives_.count(own);
+    const int32_t* list = lists_.begin(own);
+    const int64_t count = lists_.count(own);
     u.resize(static_cast<size_t>(count));
     cpu_kernels<T>().exact(distance_, batch_.query.rows + i * batch_.d, batch_.query.norms[i],
                            batch_.ref, list, count, u.data());
@@ -95,15 +133,21 @@ class Hardest {
     return best;
   }
 
-  Found measured_negative(int64_t i, int32_t nearest) const {
-    // With a non-finite row no key may have compared below infinity: any negative stands for all.
-    if (nearest < 0 && !batch_.finite())
-      for (int64_t j = 0; j < batch_.m && nearest < 0; ++j)
-        if (batch_.ref.classes[j] != batch_.query.classes[i]) nearest = static_cast<int32_t>(j);
-    Found found{nearest, T(0)};
-    if (nearest >= 0)
+  // With a non-finite row no key may have compared below infinity: any pair stands for all.
+  int32_t stand_in(int64_t i, int32_t found, bool same_class) const {
+    if (found >= 0 || batch_.finite()) return found;
+    for (int64_t j = 0; j < batch_.m; ++j) {
+      const bool same = batch_.ref.classes[j] == batch_.query.classes[i];
+      if (same == same_class && !(batch_.self && j == i)) return static_cast<int32_t>(j);
+    }
+    return -1;
+  }
+
+  Found measured(int64_t i, int32_t index) const {
+    Found found{index, T(0)};
+    if (index >= 0)
       cpu_kernels<T>().exact(distance_, batch_.query.rows + i * batch_.d, batch_.query.norms[i],
-                             batch_.ref, &nearest, 1, &found.u);
+                             batch_.ref, &index, 1, &found.u);
     return found;
   }
 
@@ -121,7 +165,9 @@ class Hardest {
 
   const Batch<T>& batch_;
   const Distance distance_;
-  const RowLists positives_;
+  const RowLists lists_;
+  const bool tiled_positives_;
+  Minima<T> negative_, positive_;
 };
 
 std::tuple<Tensor, Tensor> hardest_cpu(const Tensor& query, const Tensor& query_labels,

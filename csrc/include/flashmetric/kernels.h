@@ -40,6 +40,13 @@ struct Nearest {
   int32_t* index;  // -1 before the first candidate
 };
 
+// The keys minimised are bias - 2 x.r over negatives, its negation over positives.
+template <class T>
+struct Extremes {
+  Nearest<T> negative;
+  Nearest<T> positive;  // null pointers: positives are found elsewhere
+};
+
 template <class T>
 struct PairSum {
   Distance distance;
@@ -65,10 +72,9 @@ struct CpuKernels {
   // Transposes the panels of rows [begin, end) and writes those rows' squared norms.
   void (*pack)(const T* x, int64_t n, int64_t d, int64_t begin, int64_t end, T* panels, T* norms);
 
-  // Hardest negatives by the key bias - 2 x.r: updates the block's rows and, unless
-  // columns.key is null, its columns.
-  void (*nearest_negative)(const Side<T>& query, const Side<T>& ref, const Block& block,
-                           Nearest<T> rows, Nearest<T> columns);
+  // Hardest pairs of a block by Gram-form keys: updates its rows and, unless null, its columns.
+  void (*hardest)(const Side<T>& query, const Side<T>& ref, const Block& block,
+                  const Extremes<T>& rows, const Extremes<T>* columns);
 
   // u[t] of row x against rows other[list[t]], by exact differences.
   void (*exact)(Distance distance, const T* x, T x_norm, const Side<T>& other, const int32_t* list,

@@ -18,6 +18,7 @@ from flashmetric.checks import (
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.ops import PairDistance, PairRows, PairTotal
 from flashmetric.ops.distance import Distance
+from flashmetric.ops.ordered_sum import ordered_sum
 
 Power = Literal[1, 2]
 Reduction = Literal["mean", "mean_separate", "mean_nonzero", "sum", "none"]
@@ -87,6 +88,7 @@ def contrastive_loss(
         A scalar; with ``reduction="none"`` shape [N]. float32, or float64 for float64 embeddings.
         Without any pair it is 0 and back-propagates zeros. NaN or infinite rows, and rows whose
         squared length overflows, make the loss over labelled pairs NaN.
+        There are no second derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -195,7 +197,7 @@ def _given(
         divisors = max(len(p), 1), max(len(n), 1)
     elif reduction == "mean_nonzero":
         divisors = _active(pos), _active(neg)
-    total: Tensor = pos.sum() / divisors[0] + neg.sum() / divisors[1]
+    total: Tensor = ordered_sum(pos) / divisors[0] + ordered_sum(neg) / divisors[1]
     return scale * total
 
 

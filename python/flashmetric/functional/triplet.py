@@ -19,6 +19,7 @@ from flashmetric.checks import (
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.ops import Hardest, PairDistance
 from flashmetric.ops.distance import Distance
+from flashmetric.ops.ordered_sum import ordered_sum
 
 Mining = Literal["batch_hard"]
 Reduction = Literal["mean", "mean_nonzero", "sum", "none"]
@@ -91,6 +92,7 @@ def triplet_margin_loss(
         triplets. float32, or float64 for float64 embeddings. Without any valid triplet it is 0 and
         back-propagates zeros. NaN or infinite rows, and rows whose squared length overflows, make
         the mined loss NaN.
+        There are no second derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -115,7 +117,7 @@ def triplet_margin_loss(
         >>> x = torch.tensor([[0.0], [1.0], [3.0], [3.5]], requires_grad=True)
         >>> loss = triplet_margin_loss(x, torch.tensor([0, 0, 1, 1]), margin=1.5)
         >>> loss
-        tensor(0.1250, grad_fn=<DotBackward0>)
+        tensor(0.1250, grad_fn=<SumBackward1>)
         >>> loss.backward()
 
     Source:
@@ -215,11 +217,11 @@ def _reduce(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
         active = loss > 0
         valid = active if valid is None else active.logical_and_(valid)
     if valid is None:
-        total = loss.sum()
+        total = ordered_sum(loss)
         return total if reduction == "sum" else total / max(loss.shape[0], 1)
     # One product with the weights instead of mask, sum and division: each differentiable op costs
     # as much time as the kernels themselves at usual batch sizes.
     weight = valid.to(loss.dtype)
     if reduction != "sum":
-        weight /= weight.sum().clamp_(min=1)
-    return loss.dot(weight)
+        weight /= valid.sum().clamp_(min=1)
+    return ordered_sum(loss * weight)

@@ -23,6 +23,7 @@ from flashmetric.ops.distance import (
     squared_norms,
     value,
 )
+from flashmetric.ops.ordered_sum import ordered_sum
 
 _PAIRS = "Tensor query, Tensor query_labels, Tensor? ref, Tensor? ref_labels, str distance"
 _FORMULA = "str formula, float pos_margin, float neg_margin"
@@ -268,7 +269,7 @@ class PairTotal(torch.autograd.Function):
         """Sum over all pairs; saves the finished gradients, 2 (N + M) D numbers."""
         query, _, ref, *_ = args
         sums, counts, grad_query, grad_ref = pair_sum(*args)
-        totals, counts = sums.sum(1), counts.sum(1)
+        totals, counts = ordered_sum(sums), counts.sum(1)
         ctx.dtypes = query.dtype, None if ref is None else ref.dtype
         ctx.save_for_backward(grad_query, grad_ref)
         ctx.mark_non_differentiable(counts)
