@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw ops: registration, shapes, strides, errors, and native code against PyTorch code."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flashmetric.ops.hardest import hardest_fallback
 from flashmetric.ops.pair_distance import pair_distance_backward_fallback, pair_distance_fallback
 from flashmetric.ops.pair_sum import pair_sum_backward_fallback, pair_sum_fallback
+from flashmetric.ops.triplet_margin import triplet_margin_fallback
 from helpers import DISTANCES, DTYPES, make_labels, make_rows
 
 OPS = torch.ops.flashmetric
@@ -21,6 +23,7 @@ FALLBACKS = {
     "pair_distance_backward": pair_distance_backward_fallback,
     "pair_sum": pair_sum_fallback,
     "pair_sum_backward": pair_sum_backward_fallback,
+    "triplet_margin": triplet_margin_fallback,
 }
 
 
@@ -63,6 +66,12 @@ def calls(
         result.append(("pair_sum", (*batch, *margins, True)))
         result.append(("pair_sum", (*batch, *margins, False)))
         result.append(("pair_sum_backward", (grad, *batch, *margins)))
+    found = torch.randint(-1, 4, (2, n), device=x.device)
+    measured = torch.rand((2, n), dtype=result_dtype, device=x.device) * 3
+    for reduction, smooth in itertools.product(("mean", "mean_nonzero", "sum"), (False, True)):
+        for keep in (False, True):
+            chosen = (0.2, smooth, reduction, keep)
+            result.append(("triplet_margin", (found, measured * (found >= 0), *chosen)))
     return result
 
 

@@ -51,9 +51,14 @@ auto with_accumulate_type(const Tensor& query, F&& f) {
   }
 }
 
+// Asks first: a call through torch's dispatcher costs microseconds even when it changes nothing.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 template <class T>
 Tensor rows_as(const Tensor& x) {
-  return torch::stable::contiguous(
+  return as_contiguous(
       x.scalar_type() == scalar_type<T>() ? x : torch::stable::to(x, scalar_type<T>()));
 }
 
@@ -144,14 +149,14 @@ class Batch {
         m(self ? n : ref->size(0)),
         d(query.size(1)) {
     if (!self) ref_operand_.emplace(*ref, distance, true);
-    const Tensor labels = torch::stable::contiguous(query_labels);
+    const Tensor labels = as_contiguous(query_labels);
     ClassTable table(m);
     if (self) {
       number(labels, n, [&](int64_t label) { return table.insert(label); }, query_classes_);
     } else {
       ref_classes_.assign(padded_size(m), kPadding);
       number(
-          torch::stable::contiguous(*ref_labels), m,
+          as_contiguous(*ref_labels), m,
           [&](int64_t label) { return table.insert(label); }, ref_classes_);
       number(labels, n, [&](int64_t label) { return table.find(label); }, query_classes_);
     }

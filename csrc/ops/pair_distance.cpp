@@ -40,13 +40,13 @@ struct PairList {
     STD_TORCH_CHECK(ref_index.scalar_type() == ScalarType::Long, "ref_index: int64 expected");
     STD_TORCH_CHECK(count < std::numeric_limits<int32_t>::max(),
                     "ref_index: fewer than 2^31 pairs expected");
-    const Tensor right = torch::stable::contiguous(ref_index);
+    const Tensor right = as_contiguous(ref_index);
     Tensor left = right;
     if (query_index.has_value()) {
       STD_TORCH_CHECK(query_index->scalar_type() == ScalarType::Long,
                       "query_index: int64 expected");
       STD_TORCH_CHECK(query_index->numel() == count, "query_index: as many as ref_index expected");
-      left = torch::stable::contiguous(*query_index);
+      left = as_contiguous(*query_index);
     } else {
       STD_TORCH_CHECK(ref_index.dim() == 2 && ref_index.size(1) == n,
                       "ref_index: one column per query row expected");

@@ -127,7 +127,9 @@ def triplet_margin_loss(
         d_an = torch.where(complete & (d_pn < d_an), d_pn, d_an)
 
     violation = d_ap - d_an + margin  # [T]
-    loss = torch.nn.functional.softplus(violation) if smooth else torch.relu(violation)
+    # log(1 + e^v); torch's softplus is only approximate above its threshold.
+    smoothed = torch.logaddexp(violation, torch.zeros_like(violation))
+    loss = smoothed if smooth else torch.relu(violation)
 
     if reduction == "none":
         return loss if indices_tuple is not None else _sum_by_row(loss, anchor, len(x))

@@ -17,6 +17,10 @@ FLASHMETRIC_HD float max(float a, float b) { return a < b ? b : a; }
 FLASHMETRIC_HD double max(double a, double b) { return a < b ? b : a; }
 FLASHMETRIC_HD float sqrt(float a) { return __builtin_sqrtf(a); }
 FLASHMETRIC_HD double sqrt(double a) { return __builtin_sqrt(a); }
+FLASHMETRIC_HD float exp(float a) { return __builtin_expf(a); }
+FLASHMETRIC_HD double exp(double a) { return __builtin_exp(a); }
+FLASHMETRIC_HD float log1p(float a) { return __builtin_log1pf(a); }
+FLASHMETRIC_HD double log1p(double a) { return __builtin_log1p(a); }
 FLASHMETRIC_HD bool greater(float a, float b) { return a > b; }
 FLASHMETRIC_HD bool greater(double a, double b) { return a > b; }
 FLASHMETRIC_HD bool equal(float a, float b) { return a == b; }
@@ -125,6 +129,20 @@ struct SquaredHinge {
   template <class V>
   static FLASHMETRIC_HD V slope(V z) {
     return V(2) * max(z, V(0));
+  }
+};
+
+// ---- Triplet losses: functions of v = d(a, p) - d(a, n) + margin; Hinge, or:
+// -----------------------
+
+struct Softplus {
+  template <class T>
+  static FLASHMETRIC_HD T value(T v) {
+    return max(v, T(0)) + log1p(exp(v > T(0) ? -v : v));
+  }
+  template <class T>
+  static FLASHMETRIC_HD T slope(T v) {
+    return T(1) / (T(1) + exp(-v));
   }
 };
 

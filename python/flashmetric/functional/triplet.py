@@ -17,15 +17,17 @@ from flashmetric.checks import (
     check_number,
 )
 from flashmetric.functional.normalize import normalize_rows
-from flashmetric.ops import Hardest, PairDistance
+from flashmetric.ops import Hardest, HardestTriplets, PairDistance
 from flashmetric.ops.distance import Distance
 from flashmetric.ops.ordered_sum import ordered_sum
+from flashmetric.ops.triplet_margin import triplet_hinge, triplet_weights
 
 Mining = Literal["batch_hard"]
 Reduction = Literal["mean", "mean_nonzero", "sum", "none"]
 Empty = Literal["skip", "keep"]
 _MINING, _REDUCTION, _EMPTY = get_args(Mining), get_args(Reduction), get_args(Empty)
 _hardest: Callable[..., tuple[Tensor, Tensor]] = Hardest.apply
+_hardest_triplets: Callable[..., Tensor] = HardestTriplets.apply
 _pair_distance: Callable[..., Tensor] = PairDistance.apply
 
 
@@ -117,7 +119,7 @@ def triplet_margin_loss(
         >>> x = torch.tensor([[0.0], [1.0], [3.0], [3.5]], requires_grad=True)
         >>> loss = triplet_margin_loss(x, torch.tensor([0, 0, 1, 1]), margin=1.5)
         >>> loss
-        tensor(0.1250, grad_fn=<SumBackward1>)
+        tensor(0.1250, grad_fn=<HardestTripletsBackward>)
         >>> loss.backward()
 
     Source:
@@ -137,11 +139,13 @@ def triplet_margin_loss(
 
     valid = None
     if indices_tuple is None:
+        if not swap and reduction != "none":
+            return _hardest_triplets(*batch, distance, margin, smooth, reduction, empty == "keep")
         d_ap, d_an, valid = _mined(batch, distance, swap, empty)
     else:
         d_ap, d_an = _given(batch, triplets, distance, swap)
     violation = d_ap - d_an + margin  # [N] or [T]
-    loss = torch.nn.functional.softplus(violation) if smooth else violation.relu()
+    loss = triplet_hinge(violation, smooth)
     return _reduce(loss, valid, reduction)
 
 
@@ -213,15 +217,4 @@ def _as_triplets(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 def _reduce(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return loss if valid is None else torch.where(valid, loss, 0)
-    if reduction == "mean_nonzero":
-        active = loss > 0
-        valid = active if valid is None else active.logical_and_(valid)
-    if valid is None:
-        total = ordered_sum(loss)
-        return total if reduction == "sum" else total / max(loss.shape[0], 1)
-    # One product with the weights instead of mask, sum and division: each differentiable op costs
-    # as much time as the kernels themselves at usual batch sizes.
-    weight = valid.to(loss.dtype)
-    if reduction != "sum":
-        weight /= valid.sum().clamp_(min=1)
-    return ordered_sum(loss * weight)
+    return ordered_sum(loss * triplet_weights(loss.detach(), valid, reduction))

@@ -9,5 +9,6 @@ memory safety needs: :mod:`flashmetric.functional` is the interface for users.
 from flashmetric.ops.hardest import Hardest
 from flashmetric.ops.pair_distance import PairDistance
 from flashmetric.ops.pair_sum import PairRows, PairTotal
+from flashmetric.ops.triplet_margin import HardestTriplets
 
-__all__ = ["Hardest", "PairDistance", "PairRows", "PairTotal"]
+__all__ = ["Hardest", "HardestTriplets", "PairDistance", "PairRows", "PairTotal"]
