@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Correctness gate: a contender whose loss or gradient is wrong is not timed.
+
+The truth is written out again here, in float64 and from coordinate differences, so that it shares
+no code with any contender.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+
+# D is no multiple of a vector width and N none of a tile.
+GATE_ROWS, GATE_FEATURES = 100, 37
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+# Within a case, float32 forms of different summation order are compared with each other.
+AGREEMENT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the gate for one contender.
+
+    Attributes:
+        passed: Whether it may be timed.
+        text: Errors found, or why it could not be judged.
+    """
+
+    passed: bool
+    text: str
+
+
+def gate_case(kernel: str) -> Case:
+    """The small case on which a kernel is judged."""
+    return Case(kernel, GATE_ROWS, GATE_FEATURES, "half" if kernel == "contrastive" else "")
+
+
+def distances(x: Tensor) -> Tensor:
+    """All distances [N, N] from differences, with gradient zero on the diagonal."""
+    squared = (x[:, None, :] - x[None, :, :]).square().sum(2)
+    diagonal = torch.eye(len(x), dtype=torch.bool)
+    return squared.masked_fill(diagonal, 1.0).sqrt().masked_fill(diagonal, 0.0)
+
+
+def true_hardest(x: Tensor, labels: Tensor) -> Tensor:
+    """Distances [2, N] to the hardest positive and the hardest negative of every row."""
+    distance = distances(x)
+    same = labels[:, None] == labels[None, :]
+    other = ~torch.eye(len(x), dtype=torch.bool)
+    rows = [
+        torch.stack([distance[i][same[i] & other[i]].amax(), distance[i][~same[i]].amin()])
+        for i in range(len(x))
+    ]
+    return torch.stack(rows, dim=1)
+
+
+def truth(kernel: str, x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor, Tensor | None]:
+    """Computes a kernel's result and gradient in float64.
+
+    Args:
+        kernel: ``"triplet"``, ``"contrastive"`` or ``"hardest"``.
+        x: Embeddings.  # [N, D]
+        labels: Classes.  # [N]
+        margin: Margin of the loss.
+
+    Returns:
+        The result, and its gradient [N, D] (None for the bare operator).
+    """
+    x = x.detach().double().requires_grad_()
+    if kernel == "hardest":
+        return true_hardest(x, labels).detach(), None
+    if kernel == "triplet":
+        positive, negative = true_hardest(x, labels)
+        loss = torch.relu(positive - negative + margin).mean()
+    else:
+        distance = distances(x)
+        same = labels[:, None] == labels[None, :]
+        other = ~torch.eye(len(x), dtype=torch.bool)
+        loss = torch.zeros((), dtype=torch.float64)
+        for terms in (distance[same & other], torch.relu(margin - distance[~same])):
+            loss = loss + terms[terms > 0].mean()
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    """Relative error in the Euclidean norm; infinite if anything is not finite."""
+    if ours.shape != expected.shape or not bool(ours.isfinite().all()):
+        return float("inf")
+    return float((ours.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def judge(result: Tensor, grad: Tensor | None, expected: tuple[Tensor, Tensor | None]) -> Verdict:
+    """Compares a contender's result and gradient with the truth.
+
+    Args:
+        result: Its loss, or the distances that the bare operator selected.
+        grad: Its gradient.
+        expected: What ``truth`` returned.
+
+    Returns:
+        The verdict with both errors.
+    """
+    true_result, true_grad = expected
+    loss_error = relative(result, true_result)
+    text = f"loss error {loss_error:.1e} (limit {LOSS_TOLERANCE:.0e})"
+    passed = loss_error <= LOSS_TOLERANCE
+    if true_grad is not None:
+        grad_error = float("inf") if grad is None else relative(grad, true_grad)
+        passed = passed and grad_error <= GRADIENT_TOLERANCE
+        text += f", gradient error {grad_error:.1e} (limit {GRADIENT_TOLERANCE:.0e})"
+    return Verdict(passed, text)
+
+
+def disagreement(value: dict, reference: dict) -> str:
+    """Compares loss and gradient norm of two contenders at full size.
+
+    Args:
+        value: ``loss`` and ``grad_norm`` of a contender.
+        reference: The same of the one it is held against.
+
+    Returns:
+        An empty string, or what differs.
+    """
+    for key in ("loss", "grad_norm"):
+        ours, theirs = value.get(key), reference.get(key)
+        if ours is None or theirs is None:
+            continue
+        if not abs(ours - theirs) <= AGREEMENT_TOLERANCE * max(abs(theirs), 1e-30):
+            return f"wrong at this size ({key} {ours:.6g}, expected {theirs:.6g})"
+    return ""
