@@ -169,7 +169,7 @@ CONTENDERS = (
     Contender(
         "flashmetric fallback",
         {"triplet": flashmetric_triplet, "contrastive": flashmetric_contrastive},
-        env={"FLASHMETRIC_BACKEND": "python"},
+        env={"FLASHMETRIC_BACKEND": "python", "FLASHMETRIC_REQUIRE_NATIVE": "0"},
     ),
     Contender("torch best", {"triplet": best_triplet, "contrastive": plain_contrastive}),
     Contender("torch naive", {"triplet": naive_triplet}),

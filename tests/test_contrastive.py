@@ -201,6 +201,28 @@ def test_zero_rows(distance: str, device: torch.device) -> None:
         assert x.grad is not None and not x.grad[[0, 3, 4]].any()
 
 
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("neg_margin", [1.0, 1.5])
+def test_cosine_zero_rows_count_at_distance_one(
+    neg_margin: float, with_ref: bool, device: torch.device
+) -> None:
+    x = make_rows(16, 5, device=device).detach()
+    r = make_rows(12, 5, device=device).detach()
+    x[::4] = r[::5] = 0
+    x.requires_grad_(), r.requires_grad_()
+    ref = {"ref_emb": r, "ref_labels": make_labels(12, device=device)} if with_ref else {}
+    labels = make_labels(16, device=device)
+    for reduction in REDUCTIONS:
+        options = {"distance": "cosine", "pos_margin": 0.0, "neg_margin": neg_margin, **ref}
+        check(x, labels, reduction=reduction, **options)
+        check(
+            x.detach().float().requires_grad_(),
+            labels,
+            reduction=reduction,
+            **{**options, **({"ref_emb": r.detach().float().requires_grad_()} if with_ref else {})},
+        )
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e25])
 def test_non_finite_rows_show(bad: float, distance: str, device: torch.device) -> None:
@@ -220,6 +242,30 @@ def test_non_finite_rows_show(bad: float, distance: str, device: torch.device) -
         assert x.grad is not None and not x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "dot"])
+def test_overflowing_distances_show(distance: str, device: torch.device) -> None:
+    # The squared norm is still finite, the squared distance of two such rows no longer.
+    x = make_rows(8, 4, torch.float32, device=device).detach()
+    x[2:4] = 0
+    x[2, 1], x[3, 1] = 1.7e19, -1.7e19
+    x.requires_grad_()
+    for reduction in REDUCTIONS:
+        labels = torch.arange(8, device=device) // 4
+        loss = contrastive_loss(x, labels, distance=distance, reduction=reduction)
+        assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_nan_row_is_no_pair(reduction: str, device: torch.device) -> None:
+    x = torch.full((1, 3), torch.nan, device=device, requires_grad=True)
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    for loss in (contrastive_loss, reference.contrastive_loss):
+        x.grad = None
+        value = loss(x, labels, reduction=reduction)
+        value.sum().backward()
+        assert not value.any() and x.grad is not None and not x.grad.any()
+
+
 def test_no_gradient_wanted(device: torch.device) -> None:
     x, labels = make_rows(10, 4, device=device), make_labels(10, 2, device=device)
     with torch.no_grad():
@@ -232,6 +278,14 @@ def test_no_gradient_wanted(device: torch.device) -> None:
         )
         loss.sum().backward()
         assert x.grad is None and r.grad is not None and r.grad.any()
+    expected = None
+    for frozen in (False, True):
+        x.grad = None
+        bank = r.detach().requires_grad_(not frozen)
+        contrastive_loss(x, labels, ref_emb=bank, ref_labels=ref_labels).backward()
+        expected = x.grad if expected is None else expected
+        assert x.grad is not None and x.grad.equal(expected)
+        assert (bank.grad is None) == frozen
 
 
 @given(

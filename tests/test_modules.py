@@ -2,15 +2,17 @@
 import copy
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import flashmetric
 from flashmetric import ContrastiveLoss, TripletMarginLoss
-from flashmetric.functional import contrastive_loss, triplet_margin_loss
+from flashmetric.functional import contrastive_loss, normalize_rows, triplet_margin_loss
 from helpers import make_labels, make_rows
 
 FUNCTIONS: list[Callable[..., Tensor]] = [triplet_margin_loss, contrastive_loss]
@@ -102,6 +104,15 @@ OPTION_ERRORS = [
     (FUNCTIONS, {"reduction": "max"}, ValueError, "reduction must be one of .*; got 'max'"),
     (FUNCTIONS[:1], {"margin": "a"}, TypeError, "margin must be a number, got str"),
     (FUNCTIONS[:1], {"margin": True}, TypeError, "margin must be a number, got bool"),
+    (FUNCTIONS[:1], {"margin": np.True_}, TypeError, "margin must be a number, got bool"),
+    (
+        FUNCTIONS[:1],
+        {"margin": torch.tensor(0.2)},
+        TypeError,
+        "margin must be a number, got Tensor",
+    ),
+    (FUNCTIONS[:1], {"margin": 10**400}, ValueError, "margin must be finite, got 1000"),
+    (FUNCTIONS[:1], {"margin": np.float32("inf")}, ValueError, "margin must be finite, got inf"),
     (FUNCTIONS[:1], {"margin": float("nan")}, ValueError, "margin must be finite, got nan"),
     (FUNCTIONS[:1], {"mining": "all"}, ValueError, "mining must be one of .*; got 'all'"),
     (FUNCTIONS[:1], {"smooth": None}, TypeError, "smooth must be True or False, got None"),
@@ -110,6 +121,11 @@ OPTION_ERRORS = [
     (FUNCTIONS[1:], {"pos_margin": "a"}, TypeError, "pos_margin must be a number"),
     (FUNCTIONS[1:], {"neg_margin": float("inf")}, ValueError, "neg_margin must be finite"),
     (FUNCTIONS[1:], {"power": 3}, ValueError, "power must be one of 1, 2; got 3"),
+    (FUNCTIONS[1:], {"power": True}, ValueError, "power must be one of 1, 2; got True"),
+    (FUNCTIONS[1:], {"power": np.array([1, 2])}, ValueError, "power must be .*; got ndarray"),
+    (FUNCTIONS[1:], {"power": torch.tensor([1, 2])}, ValueError, "power must be .*; got Tensor"),
+    (FUNCTIONS, {"distance": np.array(["dot"] * 2)}, ValueError, "distance must be .*; got ndarr"),
+    (FUNCTIONS, {"reduction": None}, ValueError, "reduction must be one of .*; got None"),
     (FUNCTIONS[1:], {"scale": None}, TypeError, "scale must be a number, got NoneType"),
 ]
 
@@ -134,6 +150,8 @@ TENSOR_ERRORS = [
     ({"embeddings": [[1.0]]}, TypeError, "embeddings must be a tensor, got list"),
     ({"embeddings": X[0]}, ValueError, r"embeddings must have shape .*, got \(3,\)"),
     ({"embeddings": X.long()}, TypeError, "embeddings must be float32, .*, got int64"),
+    ({"embeddings": X.to_sparse()}, TypeError, "embeddings must be a dense .* layout sparse_coo"),
+    ({**REF, "ref_emb": X.to_sparse()}, TypeError, "ref_emb must be a dense tensor, got layout sp"),
     ({"labels": None}, ValueError, "labels must be given unless indices_tuple is; got None"),
     ({"labels": [0, 0, 1, 1]}, TypeError, "labels must be a tensor, got list"),
     ({"labels": LABELS[:3]}, ValueError, r"labels must have shape \[4\], .*; got \(3,\)"),
@@ -188,6 +206,78 @@ def test_tensor_errors(
     arguments = {"embeddings": X, "labels": LABELS, **changed}
     with pytest.raises(error, match=message):
         function(arguments.pop("embeddings"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([[1.0]], TypeError, "x must be a tensor, got list"),
+        (X[0], ValueError, r"x must have shape .*, got \(3,\)"),
+        (X.long(), TypeError, "x must be float32, .*, got int64"),
+        (X.to_sparse(), TypeError, "x must be a dense tensor, got layout sparse_coo"),
+    ],
+)
+def test_normalize_rows_errors(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        normalize_rows(x)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_any_real_number_will_do(number: Any) -> None:
+    x, labels = make_rows(12, 4), make_labels(12)
+    assert triplet_margin_loss(x, labels, margin=number).equal(
+        triplet_margin_loss(x, labels, margin=0.5)
+    )
+    for reduction in ("mean", "none"):
+        options = {"reduction": reduction, "power": 2}
+        ours = contrastive_loss(
+            x, labels, pos_margin=number, neg_margin=number, scale=number, **options
+        )
+        same = contrastive_loss(x, labels, pos_margin=0.5, neg_margin=0.5, scale=0.5, **options)
+        assert ours.equal(same)
+    contrastive_loss(x, labels, power=np.int64(2), neg_margin=np.int64(3)).backward()
+
+
+REDUCED = [
+    *(TripletMarginLoss(reduction=r) for r in ("mean", "mean_nonzero", "sum", "none")),
+    TripletMarginLoss(swap=True, smooth=True),
+    *(
+        ContrastiveLoss(0.5, 3.0, reduction=r)
+        for r in ("mean", "mean_separate", "mean_nonzero", "sum", "none")
+    ),
+]
+
+
+@pytest.mark.parametrize("given", ["labels", "references", "indices"])
+@pytest.mark.parametrize("loss", REDUCED, ids=repr)
+def test_second_derivatives_are_refused(loss: nn.Module, given: str) -> None:
+    x, r = make_rows(12, 4), make_rows(12, 4)
+    options: dict[str, Any] = {"labels": make_labels(12)}
+    if given == "references":
+        options.update(ref_emb=r, ref_labels=make_labels(12))
+    elif given == "indices":
+        options = {"indices_tuple": tuple(torch.randint(12, (9,)) for _ in range(3))}
+    leaves = [x, r] if given == "references" else [x]
+    value = loss(x, **options).sum()
+    plain = torch.autograd.grad(value, leaves, retain_graph=True)
+    grads = torch.autograd.grad(value, leaves, create_graph=True)
+    for grad, expected in zip(grads, plain, strict=True):
+        assert grad.equal(expected)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            (value + grad.square().sum()).backward(retain_graph=True)
+
+
+def test_second_derivatives_of_normalized_rows_are_refused() -> None:
+    x = make_rows(5, 4)
+    value = (normalize_rows(x) * torch.randn(5, 4)).sum()
+    (grad,) = torch.autograd.grad(value, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.square().sum().backward()
+
+
+def test_description_names_the_version() -> None:
+    assert flashmetric._library.describe()["flashmetric"] == flashmetric.__version__
 
 
 def test_a_training_step_separates_the_classes() -> None:

@@ -2,6 +2,7 @@
 """The raw ops: registration, shapes, strides, errors, and native code against PyTorch code."""
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flashmetric import _library
 from flashmetric.ops.hardest import hardest_fallback
 from flashmetric.ops.pair_distance import pair_distance_backward_fallback, pair_distance_fallback
 from flashmetric.ops.pair_sum import pair_sum_backward_fallback, pair_sum_fallback
 from flashmetric.ops.triplet_margin import triplet_margin_fallback
+from flashmetric.reference import pairwise_distance
 from helpers import DISTANCES, DTYPES, make_labels, make_rows
 
 OPS = torch.ops.flashmetric
@@ -59,13 +62,16 @@ def calls(
         values = pair_distance_fallback(x, r, qi, ri, distance)
         grad = torch.randn(ri.shape, dtype=result_dtype, device=x.device)
         result.append(("pair_distance", (x, r, qi, ri, distance)))
-        result.append(("pair_distance_backward", (grad, x, r, qi, ri, values, distance)))
+        for flags in ((), (False,)):
+            args = (grad, x, r, qi, ri, values, distance, *flags)
+            result.append(("pair_distance_backward", args))
     grad = torch.randn((2, n), dtype=result_dtype, device=x.device)
     for formula in FORMULAS:
         margins = (formula, 0.5, 3.0)
-        result.append(("pair_sum", (*batch, *margins, True)))
-        result.append(("pair_sum", (*batch, *margins, False)))
-        result.append(("pair_sum_backward", (grad, *batch, *margins)))
+        for flags in ((True,), (True, False), (False,)):
+            result.append(("pair_sum", (*batch, *margins, *flags)))
+        for flags in ((), (False,)):
+            result.append(("pair_sum_backward", (grad, *batch, *margins, *flags)))
     found = torch.randint(-1, 4, (2, n), device=x.device)
     measured = torch.rand((2, n), dtype=result_dtype, device=x.device) * 3
     for reduction, smooth in itertools.product(("mean", "mean_nonzero", "sum"), (False, True)):
@@ -106,6 +112,16 @@ def test_fake_tensors_have_the_shapes_of_real_ones(
         for expected, got in zip(real, fake, strict=True):
             assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
             assert got.stride() == expected.stride(), name
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_unwanted_reference_gradients_are_left_out(distance: str, device: torch.device) -> None:
+    for name, args in calls(13, 9, 4, distance, dtype=torch.float64, device=device):
+        if getattr(OPS, name).default._schema.arguments[len(args) - 1].name != "ref_grad":
+            continue
+        grad_query, grad_ref = run(name, args)[-2:]
+        assert grad_ref.numel() == 0 and grad_ref.shape[-1] == 4
+        assert grad_query.equal(run(name, (*args[:-1], True))[-2]), name
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -212,3 +228,76 @@ def test_non_finite_rows_spoil_all_pairs(m: int | None, device: torch.device) ->
     assert grad_query[some].isnan().all()
     grad_query, grad_ref = OPS.pair_sum_backward(torch.ones_like(sums), *pairs)
     assert grad_query[some.any(0)].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(1, None), (0, 3), (3, 0)], ids=str)
+def test_non_finite_rows_without_a_pair_spoil_nothing(
+    shape: tuple[int, int | None], device: torch.device
+) -> None:
+    x, labels, r, ref_labels = sides(*shape, 3, device=device)
+    for rows in (x, r):
+        if rows is not None:
+            rows.fill_(torch.nan)
+    batch = (x, labels, r, ref_labels, "euclidean")
+    pairs = (*batch, "hinge", 0.0, 1.0)
+    grad = x.new_ones((2, len(x)))
+    for outputs in (
+        OPS.hardest(*batch)[1:],
+        OPS.pair_sum(*pairs, True),
+        OPS.pair_sum_backward(grad, *pairs),
+    ):
+        assert not any(output.any() for output in outputs)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "sum"])
+@pytest.mark.parametrize("missing", [0, 1])
+def test_nan_distance_of_a_lone_pair_shows(
+    missing: int, reduction: str, smooth: bool, keep: bool, device: torch.device
+) -> None:
+    index = torch.tensor([[1, 2], [2, 3]], device=device)
+    distance = torch.rand(2, 2, device=device)
+    index[missing, 0], distance[missing, 0] = -1, 0
+    distance[1 - missing, 0] = torch.nan
+    loss, grad = OPS.triplet_margin(index, distance, 0.5, smooth, reduction, keep)
+    assert loss.isnan() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("margins", [(0.0, 1.0), (0.25, 1.5), (1.0, 0.5)])
+@pytest.mark.parametrize("m", [None, 12])
+def test_cosine_of_zero_rows(
+    m: int | None, margins: tuple[float, float], device: torch.device
+) -> None:
+    x, labels, r, ref_labels = sides(14, m, 5, device=device)
+    for rows in (x, r):
+        if rows is not None:
+            rows[::3] = 0
+            torch.nn.functional.normalize(rows, out=rows)
+    labels[:] = torch.arange(14) % 2
+    batch = (x, labels, r, ref_labels, "cosine")
+    refs, classes = (x, labels) if r is None else (r, ref_labels)
+    d = pairwise_distance(x.double(), refs.double(), "cosine")
+    same = labels[:, None] == classes
+    pairs = same & ~torch.eye(14, dtype=torch.bool, device=device) if r is None else same, ~same
+    violations = d - margins[0], margins[1] - d
+    for power, formula in enumerate(FORMULAS, start=1):
+        sums, counts, *grads = OPS.pair_sum(*batch, formula, *margins, True)
+        both = OPS.pair_sum_backward(torch.ones_like(sums), *batch, formula, *margins)
+        for kind in range(2):
+            expected = (violations[kind].relu() ** power * pairs[kind]).sum(1)
+            torch.testing.assert_close(sums[kind].double(), expected, rtol=1e-5, atol=1e-5)
+            # Of pairs of two unit rows the difference may be 0, which rounding makes positive.
+            certain = ((violations[kind] > 1e-6) & pairs[kind]).sum(1)
+            possible = ((violations[kind] > -1e-6) & pairs[kind]).sum(1)
+            assert ((counts[2 + kind] >= certain) & (counts[2 + kind] <= possible)).all()
+            assert not grads[0][kind, ::3].any() and grads[0][kind].isfinite().all()
+            assert r is None or not grads[1][kind, ::3].any()
+        assert not both[0][::3].any() and (r is None or not both[1][::3].any())
+
+
+def test_instruction_set_is_the_one_asked_for() -> None:
+    wanted = os.environ.get("FLASHMETRIC_CPU_ISA")
+    if _library.backend != "native" or wanted not in ("generic", "avx2"):
+        pytest.skip("FLASHMETRIC_CPU_ISA asks for no smaller instruction set")
+    assert OPS._cpu_isa() == wanted

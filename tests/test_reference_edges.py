@@ -146,10 +146,16 @@ def test_non_finite_row_shows(loss, bad):
 
 
 def test_non_finite_row_without_any_pair_is_zero():
-    x = torch.tensor([[torch.nan], [1.0]], requires_grad=True)
-    loss = reference.triplet_margin_loss(x, torch.tensor([0, 1]))
+    x = torch.tensor([[torch.nan]], requires_grad=True)
+    loss = reference.triplet_margin_loss(x, torch.tensor([0]))
     loss.backward()
     assert loss.item() == 0.0 and not x.grad.any()
+
+
+def test_non_finite_row_shows_though_no_anchor_counts():
+    x = torch.tensor([[torch.nan], [1.0]], requires_grad=True)
+    for labels in ([0, 1], [0, 0]):
+        assert reference.triplet_margin_loss(x, torch.tensor(labels)).isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -228,6 +228,52 @@ def test_non_finite_rows_show(bad: float, distance: str, device: torch.device) -
     assert x.grad is not None and not x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "dot"])
+def test_overflowing_distances_show(distance: str, device: torch.device) -> None:
+    # The squared norm is still finite, the squared distance of two such rows no longer.
+    x = make_rows(8, 4, torch.float32, device=device).detach()
+    x[2:4] = 0
+    x[2, 1], x[3, 1] = 1.7e19, -1.7e19
+    labels = torch.arange(8, device=device) // 4
+    index, values = torch.ops.flashmetric.hardest(x, labels, None, None, distance)
+    assert (index >= 0).all() and values.isnan().all()
+    for reduction in REDUCTIONS:
+        loss = triplet_margin_loss(x, labels, distance=distance, reduction=reduction)
+        assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("empty", ["skip", "keep"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("labels", [[0, 1], [0, 0], [0, 0, 1]], ids=str)
+def test_nan_shows_where_anchors_are_skipped(
+    labels: list[int], reduction: str, empty: str, swap: bool, device: torch.device
+) -> None:
+    x = make_rows(len(labels), 3, device=device).detach()
+    x[0, 1] = torch.nan
+    x.requires_grad_()
+    for loss in (triplet_margin_loss, reference.triplet_margin_loss):
+        x.grad = None
+        classes = torch.tensor(labels, device=device)
+        value = loss(x, classes, reduction=reduction, empty=empty, swap=swap)
+        assert value.isnan().all()
+        value.sum().backward()
+    x.grad = None
+    triplet_margin_loss(x, classes, reduction=reduction, empty=empty, swap=swap).sum().backward()
+    assert x.grad is not None and x.grad.isnan().all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_nan_row_is_no_pair(reduction: str, device: torch.device) -> None:
+    x = torch.full((1, 3), torch.nan, device=device, requires_grad=True)
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    for loss in (triplet_margin_loss, reference.triplet_margin_loss):
+        x.grad = None
+        value = loss(x, labels, reduction=reduction)
+        value.sum().backward()
+        assert not value.any() and x.grad is not None and not x.grad.any()
+
+
 def test_half_gives_float32_loss_and_half_gradient(device: torch.device) -> None:
     x = make_rows(10, 4, torch.float16, device=device)
     loss = triplet_margin_loss(x, make_labels(10, 2, device=device))
@@ -244,6 +290,16 @@ def test_no_gradient_wanted(device: torch.device) -> None:
     ref_labels = make_labels(9, 2, device=device)
     triplet_margin_loss(x.detach(), labels, ref_emb=r, ref_labels=ref_labels).backward()
     assert x.grad is None and r.grad is not None and r.grad.any()
+    for reduction in ("mean", "none"):
+        expected = None
+        for frozen in (False, True):
+            x.grad = None
+            bank = r.detach().requires_grad_(not frozen)
+            options = {"ref_emb": bank, "ref_labels": ref_labels, "reduction": reduction}
+            triplet_margin_loss(x, labels, **options).sum().backward()
+            expected = x.grad if expected is None else expected
+            assert x.grad is not None and x.grad.equal(expected)
+            assert (bank.grad is None) == frozen
 
 
 @given(

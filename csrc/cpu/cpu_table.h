@@ -24,13 +24,18 @@ void accumulate_entry(Distance distance, const T* x, const Side<T>& other, const
 }
 
 template <class T>
-void negative_pairs_entry(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
-                          const Block& block, const PairSumRows<T>& rows,
-                          const PairSumRows<T>& columns, T* scratch) {
+void pair_sum_entry(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
+                    const Block& block, const PairSumRows<T>& rows, const PairSumRows<T>& columns,
+                    T* scratch) {
   with_distance(op.distance, [&](auto d) {
     with_formula(op.formula, [&](auto f) {
-      NegativePairs<decltype(d), decltype(f), T>(op, query, ref, block, rows, columns, scratch)
-          .run();
+      using D = decltype(d);
+      using F = decltype(f);
+      if (op.positives) {
+        BlockPairs<D, F, T, true>(op, query, ref, block, rows, columns, scratch).run();
+      } else {
+        BlockPairs<D, F, T, false>(op, query, ref, block, rows, columns, scratch).run();
+      }
     });
   });
 }
@@ -43,7 +48,7 @@ constexpr CpuKernels<T> make_kernels(const char* isa) {
           hardest<T>,
           exact_entry<T>,
           accumulate_entry<T>,
-          negative_pairs_entry<T>};
+          pair_sum_entry<T>};
 }
 
 }  // namespace FLASHMETRIC_ISA

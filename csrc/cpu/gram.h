@@ -7,8 +7,12 @@
 namespace flashmetric {
 namespace FLASHMETRIC_ISA {
 
-// The squared norm of a row is one chain of fused multiply-adds over the features, exactly the
-// chain that gram_tile forms for that row with itself: exact duplicates get u = 0 to the bit.
+// An inner product is summed in chains of this many features, whose sums are then added: one chain
+// over thousands of features would lose as many bits as the difference of near rows has.
+constexpr int64_t kChain = 256;
+
+// The squared norm of a row is summed exactly as gram_tile sums the product of that row with
+// itself: exact duplicates get u = 0 to the bit.
 template <class T>
 void pack(const T* x, int64_t n, int64_t d, int64_t begin, int64_t end, T* panels, T* norms) {
   constexpr int kCols = Tile<T>::kCols;
@@ -27,29 +31,35 @@ void pack(const T* x, int64_t n, int64_t d, int64_t begin, int64_t end, T* panel
         for (int64_t k = k0; k < k1; ++k) panel[k * kCols + j] = T(0);
     }
     for (int64_t j = 0; j < kCols; j += kLanes) {
-      Vec<T> sum(0);
-      for (int64_t k = 0; k < d; ++k) {
-        const Vec<T> v = Vec<T>::load(panel + k * kCols + j);
-        sum = fma(v, v, sum);
+      Vec<T> total(0);
+      for (int64_t k0 = 0; k0 < d; k0 += kChain) {
+        Vec<T> chain(0);
+        for (int64_t k = k0; k < d && k < k0 + kChain; ++k) {
+          const Vec<T> v = Vec<T>::load(panel + k * kCols + j);
+          chain = fma(v, v, chain);
+        }
+        total = total + chain;
       }
-      sum.store(norms + p + j);
+      total.store(norms + p + j);
     }
   }
 }
 
-// out[r * ld + c] = inner product of a[r] and column c of the panel.
+// One chain: out[r * ld + c] (+)= inner product of features [k, end) of a[r] and panel column c.
 template <class T>
-FLASHMETRIC_INLINE void gram_tile(const T* const (&a)[Tile<T>::kRows], const T* panel, int64_t d,
-                                  T* out, int64_t ld) {
+FLASHMETRIC_INLINE void gram_chain(const T* const (&a)[Tile<T>::kRows], const T* panel, int64_t k,
+                                   int64_t end, T* out, int64_t ld) {
   constexpr int kRows = Tile<T>::kRows;
   constexpr int kVecs = Tile<T>::kVecs;
   constexpr int kLanes = Tile<T>::kLanes;
+  const bool first = k == 0;
   Vec<T> acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec<T>(0);
-  for (int64_t k = 0; k < d; ++k) {
+  panel += k * kVecs * kLanes;
+  for (; k < end; ++k) {
     Vec<T> b[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) b[v] = Vec<T>::load(panel + v * kLanes);
@@ -64,7 +74,22 @@ FLASHMETRIC_INLINE void gram_tile(const T* const (&a)[Tile<T>::kRows], const T* 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v].store(out + r * ld + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) {
+      T* p = out + r * ld + v * kLanes;
+      (first ? acc[r][v] : Vec<T>::load(p) + acc[r][v]).store(p);
+    }
+}
+
+// out[r * ld + c] = inner product of a[r] and column c of the panel.
+template <class T>
+FLASHMETRIC_INLINE void gram_tile(const T* const (&a)[Tile<T>::kRows], const T* panel, int64_t d,
+                                  T* out, int64_t ld) {
+  int64_t k = 0;
+  do {
+    const int64_t end = k + kChain < d ? k + kChain : d;
+    gram_chain(a, panel, k, end, out, ld);
+    k = end;
+  } while (k < d);
 }
 
 // Pointers to the tile's rows; rows past the end repeat the last one (their results are not used).

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sum over negatives of a pointwise function of the distance, with its gradient, one block at a
-// time: the block of inner products stays in the second-level cache, is turned in place into
-// weights h = 2 d(loss)/du, and is multiplied with the rows of the other side while still there.
-// With H the block of weights: grad(x_i) = sum_j h_ij (x_i - r_j), so one matrix product plus the
-// row sums of H times x_i.
+// Sum over positives or negatives of a pointwise function of the distance, with its gradient, one
+// block at a time: the block of inner products stays in the second-level cache, is turned in place
+// into weights h = 2 d(loss)/du, and is multiplied with the rows of the other side while still
+// there. With H the block of weights: grad(x_i) = sum_j h_ij (x_i - r_j), so one matrix product
+// plus the row sums of H times x_i.
 #pragma once
 
 #include <exact.h>
@@ -12,9 +12,6 @@
 namespace flashmetric {
 namespace FLASHMETRIC_ISA {
 
-// u below this fraction of the squared norms has lost too many bits to cancellation: such a pair is
-// recomputed by exact differences (2^-10: at most 2^-13 relative error in what remains, float32).
-constexpr double kNearFraction = 1.0 / 1024;
 // With fewer active pairs than 1 / kSparse of a block, pair by pair beats the matrix product.
 constexpr int64_t kSparse = 10;
 
@@ -26,11 +23,11 @@ struct Columns {
   alignas(64) T weight[kMaxBlockRows];
 };
 
-template <class D, class F, class T>
-class NegativePairs {
+template <class D, class F, class T, bool kPositive>
+class BlockPairs {
  public:
-  NegativePairs(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref, const Block& block,
-                const PairSumRows<T>& rows, const PairSumRows<T>& columns, T* scratch)
+  BlockPairs(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref, const Block& block,
+             const PairSumRows<T>& rows, const PairSumRows<T>& columns, T* scratch)
       : op_(op),
         query_(query),
         ref_(ref),
@@ -38,7 +35,7 @@ class NegativePairs {
         rows_(rows),
         columns_(columns),
         h_(scratch),
-        reach_(D::inverse(op.neg_margin)) {
+        reach_(D::inverse(op.margin)) {
     width_ = (block.col_end - block.col_begin + kCols - 1) / kCols * kCols;
     // The test in u must not lose a pair that the test in d would keep: widen it by rounding.
     const T slack = sizeof(T) == 4 ? T(1e-5) : T(1e-13);
@@ -73,6 +70,22 @@ class NegativePairs {
 
   T* h_row(int64_t i) const { return h_ + (i - block_.row_begin) * width_; }
 
+  // What makes a loss: positives that are too far, negatives that are too near.
+  template <class V>
+  FLASHMETRIC_INLINE V violation(V d) const {
+    return kPositive ? d - V(op_.margin) : V(op_.margin) - d;
+  }
+
+  // The pairs of row i that may be active or need exact differences, by u alone: everything else is
+  // settled with one compare.
+  FLASHMETRIC_INLINE typename Vec<T>::M candidates(Vec<T> u, Vec<T> near_below, int64_t i,
+                                                   int64_t j) const {
+    const auto other = Vec<T>::differs(ref_.classes + j, query_.classes[i]);
+    if constexpr (kPositive) return ~other;
+    const Vec<T> reach(reach_);
+    return less(u, D::kDifference ? max(reach, near_below) : reach) & other;
+  }
+
   // First column that row i uses.
   int64_t col_start(int64_t i) const { return block_.diagonal ? i + 1 : block_.col_begin; }
 
@@ -91,8 +104,8 @@ class NegativePairs {
   // Turns row i of the block from inner products into weights; returns its active pairs.
   int64_t weigh_row(int64_t i) {
     T* h = h_row(i);
-    const int32_t own = query_.classes[i];
-    const Vec<T> bias(query_.bias[i]), weight(op_.weight[i]), reach(reach_), zero(0);
+    const Vec<T> bias(query_.bias[i]), weight(op_.weight[i]), zero(0);
+    const bool zero_row = D::kUnitRows && query_.norms[i] == T(0);
     Vec<T> sum(0), h_sum(0);
     int64_t active_count = 0;
     for (int64_t c = 0; c < width_; c += kLanes) {
@@ -103,22 +116,31 @@ class NegativePairs {
         continue;
       }
       const Vec<T> norms = bias + Vec<T>::load(ref_.bias + j);
-      const Vec<T> u = fma(Vec<T>(-2), Vec<T>::load(h + c), norms);
+      Vec<T> u = fma(Vec<T>(-2), Vec<T>::load(h + c), norms);
       const Vec<T> near_below = Vec<T>(D::kDifference ? kNearFraction : 0) * norms;
-      const auto close = less(u, D::kDifference ? max(reach, near_below) : reach);
-      if (!close.any()) {
+      // A zero row is at cosine distance 1 from every row, to the bit, and has no gradient. Padding
+      // keeps its infinite u.
+      typename Vec<T>::M apart;
+      if constexpr (D::kUnitRows) {
+        apart = less(u, Vec<T>(__builtin_inff()));
+        if (!zero_row) apart = apart & equal(Vec<T>::load(ref_.norms + j), zero);
+        u = select(apart, Vec<T>(2), u);
+      }
+      auto candidate = candidates(u, near_below, i, j);
+      if (skip > 0) candidate = candidate & Vec<T>::from(static_cast<int>(skip));
+      if (!candidate.any()) {
         zero.store(h + c);
         continue;
       }
-      auto candidate = close & Vec<T>::differs(ref_.classes + j, own);
-      if (skip > 0) candidate = candidate & Vec<T>::from(static_cast<int>(skip));
       const Vec<T> d = D::value(u);
-      const Vec<T> z = Vec<T>(op_.neg_margin) - d;
-      auto active = candidate & greater(z, zero);
+      const Vec<T> z = violation(d);
+      const auto active = candidate & greater(z, zero);
       unsigned near_bits = 0;
       Vec<T> loss = select(active, F::value(z), zero);
       const Vec<T> pair_weight = op_.symmetric ? weight + Vec<T>::load(op_.weight + j) : weight;
-      Vec<T> du = select(active, Vec<T>(-2) * F::slope(z) * D::slope(d) * pair_weight, zero);
+      const Vec<T> sign(kPositive ? 2 : -2);
+      Vec<T> du = select(active, sign * F::slope(z) * D::slope(d) * pair_weight, zero);
+      if constexpr (D::kUnitRows) du = select(apart, zero, du);
       Vec<T> one = select(active, Vec<T>(1), zero);
       if constexpr (D::kDifference) {
         const auto near = candidate & less(u, near_below);
@@ -148,7 +170,7 @@ class NegativePairs {
     T u;
     exact<D>(query_.rows + i * query_.d, query_.norms[i], ref_, &col, 1, &u);
     const T d = D::value(u);
-    const T z = op_.neg_margin - d;
+    const T z = violation(d);
     if (!(z > T(0))) return;
     const double loss = static_cast<double>(F::value(z));
     if (rows_.sum != nullptr) rows_.sum[i] += loss;
@@ -156,7 +178,7 @@ class NegativePairs {
     if (rows_.active != nullptr) ++rows_.active[i];
     if (columns_.active != nullptr) ++columns_.active[j];
     const T pair_weight = op_.symmetric ? op_.weight[i] + op_.weight[j] : op_.weight[i];
-    const T du = -F::slope(z) * D::slope(d) * pair_weight;
+    const T du = (kPositive ? T(1) : T(-1)) * F::slope(z) * D::slope(d) * pair_weight;
     const T* x = query_.rows + i * query_.d;
     const T* y = ref_.rows + j * ref_.d;
     if (rows_.grad != nullptr) accumulate<D>(x, ref_, &col, &du, 1, rows_.grad + i * query_.d);

@@ -34,7 +34,10 @@ struct Mask {
   FLASHMETRIC_INLINE Mask operator~() const { return {~m}; }
   FLASHMETRIC_INLINE unsigned bits() const {
     unsigned b = 0;
-    for (int l = 0; l < kLanes; ++l) b |= (m[l] ? 1u : 0u) << l;
+    for (int l = 0; l < kLanes; ++l) {
+      const unsigned lane = m[l] ? 1u : 0u;
+      b |= lane << l;
+    }
     return b;
   }
   FLASHMETRIC_INLINE bool any() const { return bits() != 0; }

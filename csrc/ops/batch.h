@@ -117,7 +117,8 @@ class Operand {
         with_distance(distance, [](auto d) { return decltype(d)::kDifference; });
     const bool unit = with_distance(distance, [](auto d) { return decltype(d)::kUnitRows; });
     for (int64_t i = 0; i < padded; ++i) {
-      finite_ = finite_ && std::isfinite(norms_[i]);
+      // A squared distance is at most four times the larger squared norm.
+      finite_ = finite_ && std::isfinite(T(4) * norms_[i]);
       bias_[i] = i >= n_ ? infinity<T>() : !difference ? T(0) : norms_[i];
       // A zero row is at cosine distance 1 from every unit row: u = 1 + 1 - 0.
       if (unit && i < n_ && norms_[i] == T(0)) bias_[i] = T(1);
@@ -156,8 +157,8 @@ class Batch {
     } else {
       ref_classes_.assign(padded_size(m), kPadding);
       number(
-          as_contiguous(*ref_labels), m,
-          [&](int64_t label) { return table.insert(label); }, ref_classes_);
+          as_contiguous(*ref_labels), m, [&](int64_t label) { return table.insert(label); },
+          ref_classes_);
       number(labels, n, [&](int64_t label) { return table.find(label); }, query_classes_);
     }
     classes = table.count();
@@ -167,7 +168,23 @@ class Batch {
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
+  // Whether no distance of the batch can be NaN or overflow.
   bool finite() const { return query_operand_.finite() && (self || ref_operand_->finite()); }
+
+  bool has_pairs() const { return self ? n > 1 : n > 0 && m > 0; }
+
+  // Rows of each class.
+  RowLists ref_lists() const { return {ref.classes, m, classes}; }
+  RowLists query_lists() const { return {query.classes, n, classes}; }
+
+  // An exact difference costs about eight times a multiply-add of a tile: with large classes
+  // positives go through the tiles as negatives do.
+  bool large_classes(const RowLists& refs) const {
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (query.classes[i] >= 0) pairs += refs.count(query.classes[i]);
+    return pairs > n * m / 32;
+  }
 
   // Rows per block: what keeps one block of rows in half of a 1 MB second-level cache.
   int64_t block_rows() const {

@@ -28,8 +28,8 @@ class Hardest {
   Hardest(const Batch<T>& batch, Distance distance)
       : batch_(batch),
         distance_(distance),
-        lists_(batch.ref.classes, batch.m, batch.classes),
-        tiled_positives_(positives_outweigh_tiles()),
+        lists_(batch.ref_lists()),
+        tiled_positives_(batch.large_classes(lists_)),
         negative_(batch.n),
         positive_(tiled_positives_ ? batch.n : 0) {}
 
@@ -42,11 +42,8 @@ class Hardest {
       std::vector<T> u;
       const int64_t end = std::min((task + 1) * kRowsPerTask, batch_.n);
       for (int64_t i = task * kRowsPerTask; i < end; ++i) {
-        finish(tiled_positives_ ? measured(i, stand_in(i, positive_.index[i], true))
-                                : farthest_positive(i, u),
-               i, index, distances);
-        finish(measured(i, stand_in(i, negative_.index[i], false)), i, index + batch_.n,
-               distances + batch_.n);
+        finish(positive(i, u), i, index, distances);
+        finish(negative(i, u), i, index + batch_.n, distances + batch_.n);
       }
     });
   }
@@ -56,15 +53,6 @@ class Hardest {
     int32_t index;
     T u;
   };
-
-  // An exact difference costs about eight times a multiply-add of a tile, so with large classes
-  // positives are selected in the tiles too, where a far pair loses nothing to cancellation.
-  bool positives_outweigh_tiles() const {
-    int64_t pairs = 0;
-    for (int64_t i = 0; i < batch_.n; ++i)
-      if (batch_.query.classes[i] >= 0) pairs += lists_.count(batch_.query.classes[i]);
-    return pairs > batch_.n * batch_.m / 32;
-  }
 
   Extremes<T> extremes(Minima<T>& negative, Minima<T>& positive, int64_t offset) const {
     return {negative.at(offset),
@@ -116,31 +104,24 @@ class Hardest {
     }
   }
 
-  Found farthest_positive(int64_t i, std::vector<T>& u) const {
-    const int32_t own = batch_.query.classes[i];
-    Found best{-1, T(0)};
-    if (own < 0) return best;
-    const int32_t* list = lists_.begin(own);
-    const int64_t count = lists_.count(own);
-    u.resize(static_cast<size_t>(count));
-    cpu_kernels<T>().exact(distance_, batch_.query.rows + i * batch_.d, batch_.query.norms[i],
-                           batch_.ref, list, count, u.data());
-    for (int64_t t = 0; t < count; ++t) {
-      if (batch_.self && list[t] == i) continue;
-      if (best.index < 0 || u[static_cast<size_t>(t)] > best.u)
-        best = {list[t], u[static_cast<size_t>(t)]};
-    }
-    return best;
+  Found positive(int64_t i, std::vector<T>& u) const {
+    if (!tiled_positives_) return farthest_positive(i, u);
+    const Found found = measured(i, positive_.index[i]);
+    return trustworthy(i, found) ? found : farthest_positive(i, u);
   }
 
-  // With a non-finite row no key may have compared below infinity: any pair stands for all.
-  int32_t stand_in(int64_t i, int32_t found, bool same_class) const {
-    if (found >= 0 || batch_.finite()) return found;
-    for (int64_t j = 0; j < batch_.m; ++j) {
-      const bool same = batch_.ref.classes[j] == batch_.query.classes[i];
-      if (same == same_class && !(batch_.self && j == i)) return static_cast<int32_t>(j);
-    }
-    return -1;
+  Found negative(int64_t i, std::vector<T>& u) const {
+    const Found found = measured(i, negative_.index[i]);
+    return trustworthy(i, found) ? found : nearest_negative(i, u);
+  }
+
+  // Among rows this much closer to each other than to the origin the Gram form may have picked the
+  // wrong one, and with a non-finite row no key may have compared at all.
+  bool trustworthy(int64_t i, Found found) const {
+    if (!batch_.finite()) return false;
+    if (found.index < 0 || distance_ == Distance::kDot) return true;
+    return found.u >=
+           static_cast<T>(kNearFraction) * (batch_.query.norms[i] + batch_.ref.norms[found.index]);
   }
 
   Found measured(int64_t i, int32_t index) const {
@@ -148,6 +129,41 @@ class Hardest {
     if (index >= 0)
       cpu_kernels<T>().exact(distance_, batch_.query.rows + i * batch_.d, batch_.query.norms[i],
                              batch_.ref, &index, 1, &found.u);
+    return found;
+  }
+
+  // By exact differences over the whole class.
+  Found farthest_positive(int64_t i, std::vector<T>& u) const {
+    const int32_t own = batch_.query.classes[i];
+    if (own < 0) return {-1, T(0)};
+    return best(i, lists_.begin(own), lists_.count(own), u,
+                [](T candidate, T best) { return candidate > best; });
+  }
+
+  // By exact differences over all other classes.
+  Found nearest_negative(int64_t i, std::vector<T>& u) const {
+    std::vector<int32_t> list;
+    for (int64_t j = 0; j < batch_.m; ++j) {
+      if (batch_.ref.classes[j] == batch_.query.classes[i]) continue;
+      list.push_back(static_cast<int32_t>(j));
+      if (!batch_.finite()) break;  // all distances are NaN: one index stands for all
+    }
+    return best(i, list.data(), static_cast<int64_t>(list.size()), u,
+                [](T candidate, T best) { return candidate < best; });
+  }
+
+  template <class F>
+  Found best(int64_t i, const int32_t* list, int64_t count, std::vector<T>& u,
+             const F& beats) const {
+    u.resize(static_cast<size_t>(count));
+    cpu_kernels<T>().exact(distance_, batch_.query.rows + i * batch_.d, batch_.query.norms[i],
+                           batch_.ref, list, count, u.data());
+    Found found{-1, T(0)};
+    for (int64_t t = 0; t < count; ++t) {
+      if (batch_.self && list[t] == i) continue;
+      const T candidate = u[static_cast<size_t>(t)];
+      if (found.index < 0 || beats(candidate, found.u)) found = {list[t], candidate};
+    }
     return found;
   }
 

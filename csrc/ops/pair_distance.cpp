@@ -142,7 +142,8 @@ std::tuple<Tensor, Tensor> pair_distance_backward_cpu(const Tensor& grad, const 
                                                       const OptionalTensor& ref,
                                                       const OptionalTensor& query_index,
                                                       const Tensor& ref_index, const Tensor& value,
-                                                      const std::string& distance) {
+                                                      const std::string& distance,
+                                                      bool with_ref_grad) {
   check_pair_operands(query, ref);
   const Distance which = parse_distance(distance);
   return with_accumulate_type(query, [&](auto type) {
@@ -170,10 +171,12 @@ std::tuple<Tensor, Tensor> pair_distance_backward_cpu(const Tensor& grad, const 
     const auto zeros = [&](int64_t rows) {
       return torch::stable::new_zeros(query, {rows, query.size(1)}, scalar_type<T>());
     };
-    Tensor grad_query = zeros(x.n), grad_ref = zeros(ref.has_value() ? y.n : 0);
+    const bool two_sided = ref.has_value() && with_ref_grad;
+    Tensor grad_query = zeros(x.n), grad_ref = zeros(two_sided ? y.n : 0);
     gather_gradient(which, x, y, pairs.query, pairs.ref, coefficient, mutable_data<T>(grad_query));
-    gather_gradient(which, y, x, pairs.ref, pairs.query, coefficient,
-                    mutable_data<T>(ref.has_value() ? grad_ref : grad_query));
+    if (two_sided || !ref.has_value())
+      gather_gradient(which, y, x, pairs.ref, pairs.query, coefficient,
+                      mutable_data<T>(two_sided ? grad_ref : grad_query));
     return std::make_tuple(like_input(grad_query, query), like_input(grad_ref, query));
   });
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // pair_sum: per query row the sums, over its positives and over its negatives, of a pointwise
 // function of the distance; and the gradient of any weighted total of those sums, in the same pass.
-// Positives are listed by class and computed by exact differences, row by row; negatives block by
-// block in the order of schedule.h.
+// Positives are listed by class and computed by exact differences, row by row (large classes: like
+// negatives); negatives block by block in the order of schedule.h.
 #include <batch.h>
 #include <torch/csrc/stable/library.h>
 
@@ -38,8 +38,8 @@ class PairSums {
         distance_(distance),
         formula_(formula),
         margins_(margins),
-        refs_by_class_(batch.ref.classes, batch.m, batch.classes),
-        queries_by_class_(batch.query.classes, batch.n, batch.classes) {}
+        refs_by_class_(batch.ref_lists()),
+        queries_by_class_(batch.query_lists()) {}
 
   int64_t positives(int64_t i) const {
     const int32_t own = batch_.query.classes[i];
@@ -49,12 +49,16 @@ class PairSums {
 
   void run(Kind<T>& positive, Kind<T>& negative) const {
     if (batch_.n == 0 || batch_.m == 0) return;
-    sweep_positives(positive);
-    sweep_negatives(negative);
+    if (batch_.large_classes(refs_by_class_)) {
+      sweep_tiles(positive, true);
+    } else {
+      list_positives(positive);
+    }
+    sweep_tiles(negative, false);
   }
 
  private:
-  void sweep_positives(Kind<T>& kind) const {
+  void list_positives(Kind<T>& kind) const {
     constexpr int64_t kRowsPerTask = 16;
     const int64_t mean_class = batch_.m / std::max<int64_t>(batch_.classes, 1) + 1;
     const bool parallel = (batch_.n + batch_.m) * mean_class * batch_.d * 4 >= kParallelWork;
@@ -85,6 +89,7 @@ class PairSums {
       if (batch_.self && list[t] == i) return T(0);
       sum += static_cast<double>(loss);
       active += loss > T(0);
+      if (apart(batch_.query, i, batch_.ref, list[t])) return T(0);
       return slope * (batch_.self ? kind.weight[static_cast<size_t>(i)] +
                                         kind.weight[static_cast<size_t>(list[t])]
                                   : kind.weight[static_cast<size_t>(i)]);
@@ -104,10 +109,16 @@ class PairSums {
     u.resize(static_cast<size_t>(count));
     cpu_kernels<T>().exact(distance_, x, batch_.ref.norms[j], batch_.query, list, count, u.data());
     evaluate(count, u, [&](int64_t t, T, T slope) -> T {
+      if (apart(batch_.ref, j, batch_.query, list[t])) return T(0);
       return slope * kind.weight[static_cast<size_t>(list[t])];
     });
     cpu_kernels<T>().accumulate(distance_, x, batch_.query, list, u.data(), count,
                                 kind.grad_ref + j * batch_.d);
+  }
+
+  // A zero row is at a constant cosine distance from every row.
+  bool apart(const Side<T>& a, int64_t i, const Side<T>& b, int64_t j) const {
+    return distance_ == Distance::kCosine && (a.norms[i] == T(0) || b.norms[j] == T(0));
   }
 
   // Replaces each u by what `use` makes of that positive's loss and d(loss)/du.
@@ -126,11 +137,13 @@ class PairSums {
     });
   }
 
-  void sweep_negatives(Kind<T>& kind) const {
+  void sweep_tiles(Kind<T>& kind, bool positives) const {
     const CpuKernels<T>& kernels = cpu_kernels<T>();
     const bool parallel = batch_.n * batch_.m * batch_.d >= kParallelWork;
-    const PairSum<T> op{distance_, formula_, static_cast<T>(margins_.negative), batch_.self,
-                        kind.weight.data()};
+    const PairSum<T> op{
+        distance_,   formula_,
+        positives,   static_cast<T>(positives ? margins_.positive : margins_.negative),
+        batch_.self, kind.weight.data()};
     const PairSumRows<T> rows = kind.query_rows();
     const PairSumRows<T> columns =
         batch_.self ? rows : PairSumRows<T>{nullptr, nullptr, kind.grad_ref};
@@ -141,7 +154,7 @@ class PairSums {
       thread_local Buffer<T> scratch(kMaxBlockRows * kMaxBlockRows);
       const Block block{row_blocks.begin(i), row_blocks.end(i), col_blocks.begin(j),
                         col_blocks.end(j), batch_.self && i == j};
-      kernels.negative_pairs(op, batch_.query, batch_.ref, block, rows, columns, scratch.data());
+      kernels.pair_sum(op, batch_.query, batch_.ref, block, rows, columns, scratch.data());
     };
     const Schedule schedule = batch_.self
                                   ? Schedule::symmetric(row_blocks.count())
@@ -167,10 +180,18 @@ Kind<T> make_kind(const Batch<T>& batch, bool with_sums) {
   return kind;
 }
 
+// Compare-and-skip rules would drop pairs with NaN: no finite loss, and no finite gradient.
+template <class T>
+void poison_unless_finite(const Batch<T>& batch, Tensor& grad_query, Tensor& grad_ref) {
+  if (batch.finite() || !batch.has_pairs()) return;
+  torch::stable::fill_(grad_query, std::numeric_limits<double>::quiet_NaN());
+  torch::stable::fill_(grad_ref, std::numeric_limits<double>::quiet_NaN());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sum_cpu(
     const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
     const OptionalTensor& ref_labels, const std::string& distance, const std::string& formula,
-    double pos_margin, double neg_margin, bool with_grad) {
+    double pos_margin, double neg_margin, bool with_grad, bool with_ref_grad) {
   check_batch(query, query_labels, ref, ref_labels);
   const Distance which = parse_distance(distance);
   const Formula loss = parse_formula(formula);
@@ -178,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sum_cpu(
     using T = decltype(type);
     const Batch<T> batch(query, query_labels, ref, ref_labels, which);
     const int64_t n = batch.n, d = batch.d;
-    const int64_t grad_n = with_grad ? n : 0, grad_m = with_grad && !batch.self ? batch.m : 0;
+    const int64_t grad_n = with_grad ? n : 0,
+                  grad_m = with_grad && with_ref_grad && !batch.self ? batch.m : 0;
     Tensor sums = torch::stable::new_zeros(query, {2, n}, scalar_type<T>());
     Tensor counts = torch::stable::new_zeros(query, {4, n}, ScalarType::Long);
     Tensor grad_query = torch::stable::new_zeros(query, {2, grad_n, d}, scalar_type<T>());
@@ -202,10 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sum_cpu(
         count[(2 + k) * n + i] = kinds[k].active[static_cast<size_t>(i)];
       }
     }
-    if (!batch.finite()) {
-      torch::stable::fill_(grad_query, std::numeric_limits<double>::quiet_NaN());
-      torch::stable::fill_(grad_ref, std::numeric_limits<double>::quiet_NaN());
-    }
+    poison_unless_finite(batch, grad_query, grad_ref);
     return std::make_tuple(sums, counts, grad_query, grad_ref);
   });
 }
@@ -213,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sum_cpu(
 std::tuple<Tensor, Tensor> pair_sum_backward_cpu(
     const Tensor& grad_sums, const Tensor& query, const Tensor& query_labels,
     const OptionalTensor& ref, const OptionalTensor& ref_labels, const std::string& distance,
-    const std::string& formula, double pos_margin, double neg_margin) {
+    const std::string& formula, double pos_margin, double neg_margin, bool with_ref_grad) {
   check_batch(query, query_labels, ref, ref_labels);
   const Distance which = parse_distance(distance);
   const Formula loss = parse_formula(formula);
@@ -226,19 +245,17 @@ std::tuple<Tensor, Tensor> pair_sum_backward_cpu(
     const auto zeros = [&](int64_t rows) {
       return torch::stable::new_zeros(query, {rows, batch.d}, scalar_type<T>());
     };
-    Tensor grad_query = zeros(batch.n), grad_ref = zeros(batch.self ? 0 : batch.m);
+    Tensor grad_query = zeros(batch.n),
+           grad_ref = zeros(with_ref_grad && !batch.self ? batch.m : 0);
     Kind<T> kinds[2] = {make_kind(batch, false), make_kind(batch, false)};
     for (int64_t k = 0; k < 2; ++k) {
       const T* row = data<T>(weights) + k * batch.n;
       std::copy(row, row + batch.n, kinds[k].weight.begin());
       kinds[k].grad_query = mutable_data<T>(grad_query);
-      if (!batch.self) kinds[k].grad_ref = mutable_data<T>(grad_ref);
+      if (with_ref_grad && !batch.self) kinds[k].grad_ref = mutable_data<T>(grad_ref);
     }
     PairSums<T>(batch, which, loss, {pos_margin, neg_margin}).run(kinds[0], kinds[1]);
-    if (!batch.finite()) {
-      torch::stable::fill_(grad_query, std::numeric_limits<double>::quiet_NaN());
-      torch::stable::fill_(grad_ref, std::numeric_limits<double>::quiet_NaN());
-    }
+    poison_unless_finite(batch, grad_query, grad_ref);
     return std::make_tuple(like_input(grad_query, query), like_input(grad_ref, query));
   });
 }

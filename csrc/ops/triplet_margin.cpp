@@ -21,6 +21,7 @@ T reduce(const int64_t* index, const T* distance, int64_t n, const TripletOption
   const bool nonzero_only = options.reduction == "mean_nonzero";
   double total = 0;
   int64_t counted = 0;
+  bool poisoned = false;
   for (int64_t i = 0; i < n; ++i) {
     const bool has_positive = index[i] >= 0, has_negative = index[n + i] >= 0;
     // Kept anchors: a missing positive is at distance 0 already; a missing negative is as far as
@@ -29,10 +30,16 @@ T reduce(const int64_t* index, const T* distance, int64_t n, const TripletOption
     const T margin = static_cast<T>(options.margin);
     const T v = moving ? distance[i] - distance[n + i] + margin : margin;
     const T loss = F::value(v);
-    grad[i] = !moving ? T(0) : std::isnan(v) ? v : F::slope(v);
+    poisoned = poisoned || std::isnan(distance[i]) || std::isnan(distance[n + i]);
+    grad[i] = moving ? F::slope(v) : T(0);
     if (!moving && !options.keep) continue;
     total += static_cast<double>(loss);
     counted += !nonzero_only || loss != T(0);
+  }
+  // Also where only a skipped anchor met the NaN: no finite loss may have a NaN gradient.
+  if (poisoned) {
+    std::fill(grad, grad + 2 * n, std::numeric_limits<T>::quiet_NaN());
+    return std::numeric_limits<T>::quiet_NaN();
   }
   const double divisor =
       options.reduction == "sum" ? 1.0 : static_cast<double>(std::max<int64_t>(counted, 1));

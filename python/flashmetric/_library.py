@@ -40,6 +40,9 @@ def _try_native() -> str | None:
     """Load the native library; the reason when that did not work."""
     if os.environ.get("FLASHMETRIC_BACKEND", "").lower() == "python":
         return "switched off by FLASHMETRIC_BACKEND=python"
+    isa = os.environ.get("FLASHMETRIC_CPU_ISA")
+    if isa not in (None, "generic", "avx2", "avx512"):
+        raise ImportError(f"FLASHMETRIC_CPU_ISA: generic, avx2 or avx512 expected, got {isa!r}")
     path = _find_native()
     if path is None:
         return f"{LIBRARY_NAME} was not built"
@@ -77,7 +80,11 @@ def load_native() -> None:
 
 def describe() -> dict[str, object]:
     """What is installed and what runs: versions, backend, instruction set, CUDA."""
+    # Imported late, because the package imports this module first.
+    from flashmetric import __version__
+
     info: dict[str, object] = {
+        "flashmetric": __version__,
         "backend": backend,
         "native_error": native_error,
         "torch": torch.__version__,

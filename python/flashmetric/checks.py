@@ -5,7 +5,8 @@ A message names the argument, what it should be, and what came. No check reads t
 GPU, so none waits for the device; the contents of ``indices_tuple`` are read on the CPU only.
 """
 
-import math
+import numbers
+import sys
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,14 @@ class Batch(NamedTuple):
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise unless ``value`` is a finite int or float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    """Raise unless ``value`` is a real number that a float can hold, NumPy's scalars included."""
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, (int, float)):
+        # In the type of a NumPy scalar the bounds themselves could become infinite.
+        value = float(value)
     # A comparison, because math.isfinite() does not take the symbolic numbers of torch.compile.
-    if not -math.inf < value < math.inf:
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -42,10 +46,13 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    """Raise unless ``value`` is one of ``choices``, which are strings or numbers."""
+    # True equals 1, and a comparison with an array is an array.
+    plain = isinstance(value, (str, int, float, numbers.Real))
+    if not plain or isinstance(value, bool) or value not in choices:
         listed = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+        got = repr(value) if plain or value is None else type(value).__name__
+        raise ValueError(f"{name} must be one of {listed}; got {got}")
 
 
 def check_distance(distance: object, normalize: object) -> None:
@@ -62,9 +69,9 @@ def check_batch(
     indices_tuple: tuple[Tensor, ...] | None,
 ) -> Batch:
     """Raise unless the tensors of a call fit together."""
-    _check_rows("embeddings", embeddings)
+    check_rows("embeddings", embeddings)
     if ref_emb is not None:
-        _check_rows("ref_emb", ref_emb)
+        check_rows("ref_emb", ref_emb)
         if ref_emb.shape[1] != embeddings.shape[1]:
             raise ValueError(
                 f"ref_emb must have as many features as embeddings, {embeddings.shape[1]}; "
@@ -112,9 +119,12 @@ def check_indices(
     return tuple(indices_tuple)
 
 
-def _check_rows(name: str, rows: object) -> None:
+def check_rows(name: str, rows: object) -> None:
+    """Raise unless ``rows`` is a dense floating-point matrix."""
     if not isinstance(rows, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+    if rows.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {_short(rows.layout)}")
     if rows.ndim != 2:
         raise ValueError(f"{name} must have shape [rows, features], got {tuple(rows.shape)}")
     if rows.dtype not in EMBEDDING_DTYPES:

@@ -71,7 +71,7 @@ class TripletMarginLoss(nn.Module):
         triplet.check_triplet_options(
             margin, distance, mining, smooth, swap, reduction, empty, normalize
         )
-        self.margin = margin
+        self.margin = float(margin)
         self.distance: Distance = distance
         self.mining: triplet.Mining = mining
         self.smooth = smooth
@@ -168,11 +168,11 @@ class ContrastiveLoss(nn.Module):
         contrastive.check_contrastive_options(
             pos_margin, neg_margin, distance, power, scale, reduction, normalize
         )
-        self.pos_margin = pos_margin
-        self.neg_margin = neg_margin
+        self.pos_margin = float(pos_margin)
+        self.neg_margin = float(neg_margin)
         self.distance: Distance = distance
         self.power: contrastive.Power = power
-        self.scale = scale
+        self.scale = float(scale)
         self.reduction: contrastive.Reduction = reduction
         self.normalize = normalize
 

@@ -71,7 +71,8 @@ def triplet_margin_loss(
 
     ``mining="batch_hard"`` takes for each anchor the farthest row of its own label and the nearest
     row of any other label; equal distances go to the lowest index. If a row of the batch is not
-    finite, every mined distance is NaN, so that the loss shows it.
+    finite, or four times its squared length is not, every mined distance is NaN, and with it the
+    loss, even where only anchors to skip have found a pair.
 
     Args:
         embeddings: anchors, shape [N, D].
@@ -113,10 +114,12 @@ def triplet_margin_loss(
     else:
         same, different = _pair_masks(labels, ref_emb, ref_labels)
         anchor, positive, negative = _batch_hard(x, r, distance, same, different)
-        if empty == "skip":
-            valid = (positive >= 0) & (negative >= 0)
-            anchor, positive, negative = anchor[valid], positive[valid], negative[valid]
         trusted = _all_finite(x, r)
+        if empty == "skip":
+            # A NaN distance shows also if it is the only one that an anchor has.
+            has_positive, has_negative = positive >= 0, negative >= 0
+            valid = has_positive & has_negative if trusted else has_positive | has_negative
+            anchor, positive, negative = anchor[valid], positive[valid], negative[valid]
 
     d_ap = _listed_distance(x, r, anchor, positive, distance, trusted)
     d_an = _listed_distance(x, r, anchor, negative, distance, trusted)
@@ -162,7 +165,8 @@ def contrastive_loss(
             \max(\text{neg\_margin} - d_{ij},\, 0)^\text{power} & \text{other label}
         \end{cases}
 
-    If a row of the batch is not finite, every pair taken from the labels is NaN.
+    If a row of the batch is not finite, or four times its squared length is not, every pair taken
+    from the labels is NaN.
 
     Args:
         embeddings: anchors, shape [N, D].
@@ -269,8 +273,8 @@ def _listed_distance(
 
 
 def _all_finite(x: Tensor, r: Tensor) -> bool:
-    """Whether all squared row lengths are finite: neither NaN nor infinite nor overflowing."""
-    return all(bool((rows.detach() ** 2).sum(dim=1).isfinite().all()) for rows in (x, r))
+    """Whether all rows are finite, and short enough that no squared distance overflows."""
+    return all(bool((4 * (rows.detach() ** 2).sum(dim=1)).isfinite().all()) for rows in (x, r))
 
 
 def _pair_masks(

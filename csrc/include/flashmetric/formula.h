@@ -28,7 +28,7 @@ FLASHMETRIC_HD bool equal(double a, double b) { return a == b; }
 FLASHMETRIC_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 FLASHMETRIC_HD double select(bool mask, double a, double b) { return mask ? a : b; }
 
-// ---- Distances -------------------------------------------------------------------------------
+// Distances.
 // All four are functions of one number u that a tile of inner products yields:
 //   kDifference: u = |x - r|^2 = bias(x) + bias(r) - 2 x.r, gradient of u in x = 2 (x - r)
 //   otherwise:   u = -2 x.r                               , gradient of u in x = -2 r
@@ -106,8 +106,7 @@ struct Dot {
   }
 };
 
-// ---- Pair losses: functions of the violation z = d - pos_margin or z = neg_margin - d
-// ------------
+// Pair losses: functions of the violation z = d - pos_margin or z = neg_margin - d.
 
 struct Hinge {
   template <class V>
@@ -132,8 +131,7 @@ struct SquaredHinge {
   }
 };
 
-// ---- Triplet losses: functions of v = d(a, p) - d(a, n) + margin; Hinge, or:
-// -----------------------
+// Triplet losses: functions of v = d(a, p) - d(a, n) + margin; Hinge, or:
 
 struct Softplus {
   template <class T>
@@ -146,7 +144,7 @@ struct Softplus {
   }
 };
 
-// ---- Run time -> compile time -------------------------------------------------------------------
+// Run time -> compile time.
 enum class Distance : int { kEuclidean, kSqeuclidean, kCosine, kDot };
 enum class Formula : int { kHinge, kSquaredHinge };
 

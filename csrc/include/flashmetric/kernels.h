@@ -13,6 +13,10 @@ namespace flashmetric {
 // panel width and tile height, and small enough for one side to stay in a 1 MB second-level cache.
 constexpr int64_t kMaxBlockRows = 288;
 
+// u below this fraction of the squared norms has lost its leading digits to cancellation: such a
+// pair is measured by exact differences instead.
+constexpr double kNearFraction = 1.0 / 1024;
+
 // One side (queries or references) of a pairwise computation.
 template <class T>
 struct Side {
@@ -51,7 +55,8 @@ template <class T>
 struct PairSum {
   Distance distance;
   Formula formula;
-  T neg_margin;
+  bool positives;  // pairs of one class; otherwise pairs of different classes
+  T margin;
   bool symmetric;   // one self-batch: a pair counts for both of its rows
   const T* weight;  // [n] weight of each query row in the objective that is differentiated
 };
@@ -84,10 +89,11 @@ struct CpuKernels {
   void (*accumulate)(Distance distance, const T* x, const Side<T>& other, const int32_t* list,
                      const T* coefficient, int64_t count, T* out);
 
-  // The negatives of a block, loss and gradient. `scratch` holds kMaxBlockRows^2 elements.
-  void (*negative_pairs)(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
-                         const Block& block, const PairSumRows<T>& rows,
-                         const PairSumRows<T>& columns, T* scratch);
+  // The positives or the negatives of a block, loss and gradient. `scratch` holds kMaxBlockRows^2
+  // elements.
+  void (*pair_sum)(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
+                   const Block& block, const PairSumRows<T>& rows, const PairSumRows<T>& columns,
+                   T* scratch);
 };
 
 // The table of the best instruction set of this processor; FLASHMETRIC_CPU_ISA overrides.

@@ -86,8 +86,8 @@ def contrastive_loss(
 
     Returns:
         A scalar; with ``reduction="none"`` shape [N]. float32, or float64 for float64 embeddings.
-        Without any pair it is 0 and back-propagates zeros. NaN or infinite rows, and rows whose
-        squared length overflows, make the loss over labelled pairs NaN.
+        Without any pair it is 0 and back-propagates zeros. NaN or infinite rows, and rows so long
+        that four times the squared length overflows, make the loss over labelled pairs NaN.
         There are no second derivatives.
 
     Raises:
@@ -120,6 +120,7 @@ def contrastive_loss(
         CVPR 2006 (power 2, scale 1/2, pos_margin 0).
     """
     check_contrastive_options(pos_margin, neg_margin, distance, power, scale, reduction, normalize)
+    pos_margin, neg_margin, scale = float(pos_margin), float(neg_margin), float(scale)
     batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
     if indices_tuple is not None:
         indices_tuple = check_indices(indices_tuple, embeddings, ref_emb)
@@ -136,10 +137,12 @@ def contrastive_loss(
         sums, _ = _pair_rows(*batch, distance, formula, pos_margin, neg_margin)
         return scale * sums.sum(0)
     refs = batch.ref_emb
-    with_grad = torch.is_grad_enabled() and (
-        batch.embeddings.requires_grad or (refs is not None and refs.requires_grad)
+    # A memory bank of constant references costs no gradient work.
+    ref_grad = torch.is_grad_enabled() and refs is not None and refs.requires_grad
+    with_grad = ref_grad or (torch.is_grad_enabled() and batch.embeddings.requires_grad)
+    totals, counts = _pair_total(
+        *batch, distance, formula, pos_margin, neg_margin, with_grad, ref_grad
     )
-    totals, counts = _pair_total(*batch, distance, formula, pos_margin, neg_margin, with_grad)
     if reduction == "sum":
         return scale * totals.sum()
     if reduction == "mean":

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from flashmetric.checks import check_rows
 from flashmetric.ops.distance import accumulate_dtype
+from flashmetric.ops.first_order import first_order_only
 
 
 class NormalizeRows(torch.autograd.Function):
@@ -32,7 +33,7 @@ class NormalizeRows(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Project the gradient on the tangent of the sphere."""
         unit, inverse = ctx.saved_tensors
@@ -58,6 +59,11 @@ def normalize_rows(x: Tensor) -> Tensor:
         Unit rows, shape [N, D], float32 (float64 for float64 rows); gradients come back in the
         dtype of ``x``. A row whose largest magnitude is below the smallest normal number counts as
         a zero row. A row that holds NaN or an infinity becomes NaN.
+        There are no second derivatives.
+
+    Raises:
+        TypeError: ``x`` is no dense tensor of these dtypes.
+        ValueError: ``x`` does not have two dimensions.
 
     Determinism:
         Bitwise reproducible on the CPU.
@@ -72,6 +78,7 @@ def normalize_rows(x: Tensor) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
+    check_rows("x", x)
     return _normalize_rows(x)
 
 

@@ -92,8 +92,8 @@ def triplet_margin_loss(
     Returns:
         A scalar; with ``reduction="none"`` shape [N] (0 for skipped anchors) or [T] for T given
         triplets. float32, or float64 for float64 embeddings. Without any valid triplet it is 0 and
-        back-propagates zeros. NaN or infinite rows, and rows whose squared length overflows, make
-        the mined loss NaN.
+        back-propagates zeros. NaN or infinite rows, and rows so long that four times the squared
+        length overflows, make the mined loss NaN, also where only skipped anchors found a pair.
         There are no second derivatives.
 
     Raises:
@@ -130,6 +130,7 @@ def triplet_margin_loss(
         convolutional neural networks, BMVC 2016 (swap).
     """
     check_triplet_options(margin, distance, mining, smooth, swap, reduction, empty, normalize)
+    margin = float(margin)
     batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
     if indices_tuple is not None:
         triplets = _as_triplets(check_indices(indices_tuple, embeddings, ref_emb))
@@ -216,5 +217,5 @@ def _as_triplets(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _reduce(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
-        return loss if valid is None else torch.where(valid, loss, 0)
+        return loss if valid is None else torch.where(valid.logical_or(loss.isnan()), loss, 0)
     return ordered_sum(loss * triplet_weights(loss.detach(), valid, reduction))

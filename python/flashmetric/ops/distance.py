@@ -125,8 +125,12 @@ def has_zero_row(x: Tensor, r: Tensor) -> Tensor:
 
 
 def poison(*norms: Tensor) -> Tensor:
-    """0-d tensor: NaN if any squared norm is not finite, else 0."""
-    total = (norms[0] * 0).sum()
+    """0-d tensor: NaN if four times any squared norm is not finite, else 0.
+
+    Two rows of opposite directions are at four times the squared norm of one: below that bound no
+    squared distance overflows.
+    """
+    total = (norms[0] * 4).mul_(0).sum()
     for other in norms[1:]:
-        total = total + (other * 0).sum()
+        total = total + (other * 4).mul_(0).sum()
     return total

@@ -5,23 +5,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashmetric._library import library
 from flashmetric.ops.distance import (
+    NEAR,
     accumulate_dtype,
     bias,
+    exact_u,
     full_precision,
+    is_difference,
     poison,
     slabs,
     squared_norms,
+    value,
 )
+from flashmetric.ops.first_order import first_order_only
 from flashmetric.ops.pair_distance import pair_distance_backward, pair_distance_fallback
 
 library.define(
     "hardest(Tensor query, Tensor query_labels, Tensor? ref, Tensor? ref_labels, str distance)"
     " -> (Tensor index, Tensor distance)"
 )
+
+
+def _extremes(key: Tensor, same: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Largest key among the columns of the same class and smallest among the others, per row.
+
+    Args:
+        key: finite keys, [rows, M]; overwritten.
+        same: which columns are of the row's class, [rows, M].
+        own: column that is the row itself, [rows]; None if there is none.
+
+    Returns:
+        Keys and columns, both [2, rows]; column -1 where there is no candidate.
+    """
+    farthest = key.masked_fill(~same, -torch.inf)
+    if own is not None:
+        farthest.scatter_(1, own.unsqueeze(1), -torch.inf)
+    positive, negative = farthest.max(1), key.masked_fill_(same, torch.inf).min(1)
+    best = torch.stack((positive.values, negative.values))
+    column = torch.stack((positive.indices, negative.indices))
+    return best, column.masked_fill_(best.isinf(), -1)
 
 
 @full_precision
@@ -41,6 +65,7 @@ def hardest_fallback(
     x = query.to(accumulate_dtype(query.dtype))
     r = x if ref is None else ref.to(x.dtype)
     r_labels = query_labels if ref_labels is None else ref_labels
+    own = torch.arange(len(x), device=x.device) if ref is None else None
     x_norms = squared_norms(x)
     r_norms = x_norms if ref is None else squared_norms(r)
     r_bias = bias(r_norms, distance)
@@ -52,16 +77,24 @@ def hardest_fallback(
     for rows in slabs(n if m else 0, m):
         key = torch.addmm(r_bias, x[rows], r.T, alpha=-2).clamp_(-limit, limit)
         same = query_labels[rows, None] == r_labels
-        farthest = key.masked_fill(~same, -torch.inf)
-        if ref is None:
-            farthest[:, rows].fill_diagonal_(-torch.inf)
-        nearest = key.masked_fill_(same, torch.inf)
-        for kind, (best, arg) in enumerate((farthest.max(1), nearest.min(1))):
-            index[kind, rows] = arg.masked_fill_(best.isinf(), -1)
+        _, index[:, rows] = _extremes(key, same, None if own is None else own[rows])
 
     values = pair_distance_fallback(x, None if ref is None else r, None, index, distance)
     values += poison(x_norms, r_norms)
-    return index, values.masked_fill_(index < 0, 0)
+    values.masked_fill_(index < 0, 0)
+    if m and is_difference(distance):
+        # The keys of such pairs are mostly rounding errors, so any candidate may have won.
+        limit_u = (x_norms + r_norms[index.clamp(min=0)]).mul_(NEAR)
+        near = (values < value(limit_u, distance)).logical_and_(index >= 0)
+        again = near.any(0).nonzero().squeeze(1)
+        for part in slabs(len(again), r.numel()):
+            rows_again = again[part]
+            u = exact_u(x[rows_again, None], r, distance)
+            same = query_labels[rows_again, None] == r_labels
+            best, column = _extremes(u, same, None if own is None else own[rows_again])
+            index[:, rows_again] = column
+            values[:, rows_again] = value(best, distance).masked_fill_(column < 0, 0)
+    return index, values
 
 
 library.impl("hardest", hardest_fallback, "CompositeExplicitAutograd")
@@ -100,13 +133,14 @@ class Hardest(torch.autograd.Function):
         return index, values
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, _: None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scatter the gradients of the two selected distances per row."""
         if grad is None:
             return None, None, None, None, None
         query, ref, index, values = ctx.saved_tensors
+        ref_grad = ctx.needs_input_grad[2]
         grad_query, grad_ref = pair_distance_backward(
-            grad, query, ref, None, index, values, ctx.distance
+            grad, query, ref, None, index, values, ctx.distance, ref_grad
         )
-        return grad_query, None, None if ref is None else grad_ref, None, None
+        return grad_query, None, grad_ref if ref_grad else None, None, None

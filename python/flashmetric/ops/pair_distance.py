@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashmetric._library import library
 from flashmetric.ops.distance import (
@@ -18,6 +17,7 @@ from flashmetric.ops.distance import (
     slope,
     value,
 )
+from flashmetric.ops.first_order import first_order_only
 
 library.define(
     "pair_distance(Tensor query, Tensor? ref, Tensor? query_index, Tensor ref_index, str distance)"
@@ -25,7 +25,7 @@ library.define(
 )
 library.define(
     "pair_distance_backward(Tensor grad, Tensor query, Tensor? ref, Tensor? query_index,"
-    " Tensor ref_index, Tensor distance_value, str distance)"
+    " Tensor ref_index, Tensor distance_value, str distance, bool ref_grad=True)"
     " -> (Tensor grad_query, Tensor grad_ref)"
 )
 
@@ -88,17 +88,21 @@ def pair_distance_backward_fallback(
     ref_index: Tensor,
     distance_value: Tensor,
     distance: str,
+    ref_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch implementation of ``flashmetric::pair_distance_backward``.
 
     Returns:
-        Gradients of query and of ref ([0, D] when ref is None), in the dtypes of those.
+        Gradients of query and of ref ([0, D] when ref is None or ``ref_grad`` is not set), in the
+        dtypes of those.
     """
     x = query.to(accumulate_dtype(query.dtype))
     r = x if ref is None else ref.to(x.dtype)
     i, j, missing = _flat_pairs(x, r, query_index, ref_index)
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    grad_r = grad_x if ref is None else torch.zeros_like(r, memory_format=torch.contiguous_format)
+    grad_r: Tensor | None = grad_x
+    if ref is not None:
+        grad_r = r.new_zeros(r.shape) if ref_grad else None
     if x.shape[0] and r.shape[0]:
         factor = (grad * slope(distance_value, distance)).reshape(-1, 1)
         absent = missing.unsqueeze(1)
@@ -107,12 +111,14 @@ def pair_distance_backward_fallback(
             # Filled, not multiplied by 0: the row that stands in for a missing one may be NaN.
             step = (du_dx(x_rows, r_rows, distance) * factor[part]).masked_fill_(absent[part], 0)
             grad_x.index_add_(0, i[part], step)
+            if grad_r is None:
+                continue
             if is_difference(distance):
                 grad_r.index_add_(0, j[part], step, alpha=-1)
             else:
                 step = du_dx(r_rows, x_rows, distance) * factor[part]
                 grad_r.index_add_(0, j[part], step.masked_fill_(absent[part], 0))
-    if ref is None:
+    if ref is None or grad_r is None:
         return grad_x.to(query.dtype), query.new_empty((0, query.shape[1]))
     return grad_x.to(query.dtype), grad_r.to(ref.dtype)
 
@@ -132,9 +138,16 @@ def _pair_distance_fake(
 
 @torch.library.register_fake("flashmetric::pair_distance_backward", lib=library)
 def _pair_distance_backward_fake(
-    grad: Tensor, query: Tensor, ref: Tensor | None, *_: object
+    grad: Tensor,
+    query: Tensor,
+    ref: Tensor | None,
+    query_index: Tensor | None,
+    ref_index: Tensor,
+    distance_value: Tensor,
+    distance: str,
+    ref_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    rows = 0 if ref is None else ref.shape[0]
+    rows = ref.shape[0] if ref is not None and ref_grad else 0
     return query.new_empty(query.shape), query.new_empty((rows, query.shape[1]))
 
 
@@ -153,11 +166,12 @@ class PairDistance(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scatter the gradients of the listed distances."""
         query, ref, query_index, ref_index, values = ctx.saved_tensors
+        ref_grad = ctx.needs_input_grad[1]
         grad_query, grad_ref = pair_distance_backward(
-            grad, query, ref, query_index, ref_index, values, ctx.distance
+            grad, query, ref, query_index, ref_index, values, ctx.distance, ref_grad
         )
-        return grad_query, None if ref is None else grad_ref, None, None, None
+        return grad_query, grad_ref if ref_grad else None, None, None, None

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flashmetric._library import library
+from flashmetric.ops.first_order import first_order_only
 from flashmetric.ops.hardest import hardest
 from flashmetric.ops.ordered_sum import ordered_sum
 from flashmetric.ops.pair_distance import pair_distance_backward
@@ -59,7 +59,8 @@ def triplet_margin_fallback(
             positive, so that neither distance moves the loss).
 
     Returns:
-        The loss and its derivative in the distances, [2, N].
+        The loss and its derivative in the distances, [2, N]. All are NaN if any distance is, also
+        one of an anchor that does not count: the gradient of that anchor's pair is NaN.
     """
     violation = torch.sub(distance[0], distance[1]).add_(margin)
     moving = (index >= 0).all(0)
@@ -70,8 +71,10 @@ def triplet_margin_fallback(
     loss = triplet_hinge(violation, smooth)
     weight = triplet_weights(loss, counted, reduction)
     slope = violation.sigmoid() if smooth else (violation > 0).to(loss.dtype)
-    slope = (slope * weight).masked_fill_(violation.isnan(), torch.nan) * moving
-    return ordered_sum(loss * weight), torch.stack((slope, -slope))
+    slope = slope.mul_(weight).masked_fill_(moving.logical_not(), 0)
+    spoiled = distance.isnan().any()
+    total = ordered_sum(loss * weight).masked_fill_(spoiled, torch.nan)
+    return total, torch.stack((slope, -slope)).masked_fill_(spoiled, torch.nan)
 
 
 library.impl("triplet_margin", triplet_margin_fallback, "CompositeExplicitAutograd")
@@ -102,11 +105,12 @@ class HardestTriplets(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scatter the gradients of both distances of every anchor."""
         query, ref, index, values, of_values = ctx.saved_tensors
+        ref_grad = ctx.needs_input_grad[2]
         grad_query, grad_ref = pair_distance_backward(
-            of_values * grad, query, ref, None, index, values, ctx.distance
+            of_values * grad, query, ref, None, index, values, ctx.distance, ref_grad
         )
-        return grad_query, None, None if ref is None else grad_ref, *(None,) * 6
+        return grad_query, None, grad_ref if ref_grad else None, *(None,) * 6

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the Gram form of a distance loses digits: far from the origin, and in collapsed batches."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashmetric import functional, reference
+from helpers import DISTANCES, assert_grad_close, assert_no_worse_than_eager, make_rows
+
+OPS = torch.ops.flashmetric
+
+
+def plain_distances(x: Tensor) -> Tensor:
+    """What fused code replaces: distances from one matrix product, under autograd."""
+    diagonal = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    norms = x.square().sum(1)
+    return (norms[:, None] + norms - 2 * (x @ x.T) + diagonal).clamp(min=0).sqrt() - diagonal
+
+
+def eager_sums(
+    x: Tensor, labels: Tensor, margin: float, distances: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Sums per row over positives and negatives, and the gradients of both totals."""
+    x = x.detach().requires_grad_()
+    d = distances(x)
+    same = labels[:, None] == labels
+    sums = torch.stack(((d * same).sum(1), ((margin - d).relu() * ~same).sum(1)))
+    grads = [torch.autograd.grad(part.sum(), x, retain_graph=True)[0] for part in sums]
+    return [sums.detach(), torch.stack(grads)]
+
+
+@pytest.mark.parametrize("classes", [3, 48])
+@pytest.mark.parametrize("d", [512, 2048])
+def test_pair_sum_of_offset_rows(d: int, classes: int, device: torch.device) -> None:
+    x = 1 + 0.2 * torch.rand(96, d, device=device)
+    labels = torch.arange(96, device=device) % classes
+    margin = reference.pairwise_distance(x, x).max().item()
+    truth = eager_sums(x.double(), labels, margin, lambda x: reference.pairwise_distance(x, x))
+    eager = eager_sums(x, labels, margin, plain_distances)
+    sums, _, grad, _ = OPS.pair_sum(x, labels, None, None, "euclidean", "hinge", 0.0, margin, True)
+    for ours, theirs, exact in zip((sums, grad), eager, truth, strict=True):
+        for kind in range(2):
+            error = (ours[kind] - exact[kind]).norm()
+            assert error <= 4 * (theirs[kind] - exact[kind]).norm()
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("loss", ["triplet_margin_loss", "contrastive_loss"])
+def test_large_classes(loss: str, distance: str, with_ref: bool, device: torch.device) -> None:
+    # 150 rows of a class: positives are no longer few, and take the path of the negatives.
+    x = make_rows(300, 16, torch.float32, device=device)
+    labels = torch.arange(300, device=device) % 2
+    r = make_rows(210, 16, torch.float32, device=device)
+    ref_labels = torch.arange(210, device=device) % 2
+    results = []
+    for home, dtype in (
+        (reference, torch.float64),
+        (reference, torch.float32),
+        (functional, torch.float32),
+    ):
+        leaves = [rows.detach().to(dtype).requires_grad_() for rows in (x, r)][: 1 + with_ref]
+        ref = {"ref_emb": leaves[1], "ref_labels": ref_labels} if with_ref else {}
+        value = getattr(home, loss)(leaves[0], labels, distance=distance, reduction="mean", **ref)
+        results.append((value.detach(), torch.autograd.grad(value, leaves)))
+    (truth, truth_grads), (eager, _), (ours, grads) = results
+    assert_no_worse_than_eager(truth, eager, ours, torch.float32)
+    for expected, got in zip(truth_grads, grads, strict=True):
+        assert_grad_close(expected, got, torch.float32)
+
+
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("classes", [2, 64])
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_hardest_of_a_collapsed_batch(
+    spread: float, classes: int, distance: str, with_ref: bool, device: torch.device
+) -> None:
+    x = 1 + spread * torch.randn(256, 64, device=device)
+    if distance == "cosine":
+        x = functional.normalize_rows(x)
+    labels = torch.arange(256, device=device) % classes
+    other = ~torch.eye(256, dtype=torch.bool, device=device)
+    r, ref_labels = None, None
+    if with_ref:
+        x, r, ref_labels = x[:100], x[100:], labels[100:]
+        labels, other = labels[:100], other[:100, 100:]
+    index, values = OPS.hardest(x, labels, r, ref_labels, distance)
+
+    refs, classes_of_refs = (x, labels) if r is None else (r, ref_labels)
+    d = reference.pairwise_distance(x.double(), refs.double())
+    d = {"euclidean": d, "sqeuclidean": d**2, "cosine": d**2 / 2}[distance]
+    same = labels[:, None] == classes_of_refs
+    farthest = torch.where(same & other, d, -torch.inf).amax(1)
+    nearest = torch.where(same, torch.inf, d).amin(1)
+    for kind, expected in enumerate((farthest, nearest)):
+        found = index[kind] >= 0
+        assert found.equal(expected.isfinite())
+        chosen = d[torch.arange(len(x), device=device), index[kind]][found]
+        torch.testing.assert_close(chosen, expected[found], rtol=1e-3, atol=0)
+        torch.testing.assert_close(values[kind][found].double(), chosen, rtol=1e-4, atol=0)
+
+
+def test_ties_of_a_collapsed_batch_take_the_lowest_index(device: torch.device) -> None:
+    x = (10 + 1e-3 * torch.randn(6, 33, device=device)).repeat(4, 1)
+    labels = torch.arange(24, device=device) // 12
+    index, values = OPS.hardest(x, labels, None, None, "euclidean")
+    assert not values[1].any()
+    assert index[1].tolist() == [12, 13, 14, 15, 16, 17] * 2 + [0, 1, 2, 3, 4, 5] * 2
+    assert ((index[0] % 12) < 6).all()
