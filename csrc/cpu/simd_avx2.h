@@ -16,7 +16,6 @@ struct Vec;
 struct MaskF {
   __m256 m;
   FLASHMETRIC_INLINE MaskF operator&(MaskF o) const { return {_mm256_and_ps(m, o.m)}; }
-  FLASHMETRIC_INLINE MaskF operator|(MaskF o) const { return {_mm256_or_ps(m, o.m)}; }
   FLASHMETRIC_INLINE MaskF operator~() const {
     return {_mm256_xor_ps(m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
   }
@@ -27,7 +26,6 @@ struct MaskF {
 struct MaskD {
   __m256d m;
   FLASHMETRIC_INLINE MaskD operator&(MaskD o) const { return {_mm256_and_pd(m, o.m)}; }
-  FLASHMETRIC_INLINE MaskD operator|(MaskD o) const { return {_mm256_or_pd(m, o.m)}; }
   FLASHMETRIC_INLINE MaskD operator~() const {
     return {_mm256_xor_pd(m, _mm256_castsi256_pd(_mm256_set1_epi32(-1)))};
   }

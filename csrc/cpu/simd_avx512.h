@@ -14,7 +14,6 @@ template <class Bits>
 struct Mask {
   Bits m;
   FLASHMETRIC_INLINE Mask operator&(Mask o) const { return {static_cast<Bits>(m & o.m)}; }
-  FLASHMETRIC_INLINE Mask operator|(Mask o) const { return {static_cast<Bits>(m | o.m)}; }
   FLASHMETRIC_INLINE Mask operator~() const { return {static_cast<Bits>(~m)}; }
   FLASHMETRIC_INLINE bool any() const { return m != 0; }
   FLASHMETRIC_INLINE unsigned bits() const { return m; }

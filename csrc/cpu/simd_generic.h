@@ -30,7 +30,6 @@ struct Mask {
   static constexpr int kLanes = 16 / sizeof(T);
   Int m;
   FLASHMETRIC_INLINE Mask operator&(Mask o) const { return {m & o.m}; }
-  FLASHMETRIC_INLINE Mask operator|(Mask o) const { return {m | o.m}; }
   FLASHMETRIC_INLINE Mask operator~() const { return {~m}; }
   FLASHMETRIC_INLINE unsigned bits() const {
     unsigned b = 0;
