@@ -41,6 +41,63 @@ def make_labels(n: int, classes: int = 4, *, device: torch.device | str = "cpu")
     return torch.randint(classes, (n,)).to(device)
 
 
+def make_refs(
+    m: int | None,
+    d: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    classes: int = 4,
+    device: torch.device | str = "cpu",
+    strides: str = "contiguous",
+) -> dict[str, Tensor]:
+    """The arguments for m references; none for None."""
+    if m is None:
+        return {}
+    return {
+        "ref_emb": make_rows(m, d, dtype, device=device, strides=strides),
+        "ref_labels": make_labels(m, classes, device=device),
+    }
+
+
+def make_indices(
+    length: int, counts: tuple[int, int], rows: int, refs: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Random triplets (length 3, the first count), or random pairs of both kinds (length 4)."""
+    first, second = counts
+    sizes = [(first, rows), (first, refs), (second, rows), (second, refs)]
+    if length == 3:
+        sizes = [(first, rows), (first, refs), (first, refs)]
+    return tuple(torch.randint(k, (count,), device=device) for count, k in sizes)
+
+
+def rows_with_overflowing_distances(device: torch.device) -> Tensor:
+    """Eight rows of which the squared norms are still finite, one squared distance no longer."""
+    x = make_rows(8, 4, torch.float32, device=device).detach()
+    x[2:4] = 0
+    x[2, 1], x[3, 1] = 1.7e19, -1.7e19
+    return x.requires_grad_()
+
+
+def check_unwanted_gradients(loss: Callable[..., Tensor], device: torch.device) -> None:
+    """Only what requires a gradient gets one, and it is that of a call where all do."""
+    x, labels = make_rows(10, 4, device=device), make_labels(10, 2, device=device)
+    with torch.no_grad():
+        assert not loss(x, labels).requires_grad
+    refs = make_refs(9, 4, classes=2, device=device)
+    for reduction in ("mean", "none"):
+        grads = []
+        for wanted in ((True, True), (True, False), (False, True)):
+            rows, bank = (
+                side.detach().requires_grad_(flag)
+                for side, flag in zip((x, refs["ref_emb"]), wanted, strict=True)
+            )
+            loss(rows, labels, **{**refs, "ref_emb": bank}, reduction=reduction).sum().backward()
+            grads.append((rows.grad, bank.grad))
+        (both_x, both_r), (only_x, no_r), (no_x, only_r) = grads
+        assert no_r is None and no_x is None
+        assert both_x.any() and both_r.any() and only_x.equal(both_x) and only_r.equal(both_r)
+
+
 def assert_no_worse_than_eager(
     truth: Tensor, eager: Tensor, ours: Tensor, dtype: torch.dtype
 ) -> None:

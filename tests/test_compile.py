@@ -17,6 +17,7 @@ LOSSES = [
     TripletMarginLoss(distance="cosine", smooth=True, swap=True, empty="keep"),
     TripletMarginLoss(reduction="mean_nonzero", normalize=True),
     TripletMarginLoss(reduction="none"),
+    TripletMarginLoss(exact=True),
     ContrastiveLoss(),
     ContrastiveLoss(distance="cosine", power=2, reduction="mean"),
     ContrastiveLoss(reduction="none"),
@@ -57,7 +58,7 @@ def test_compiles_to_one_graph(loss: nn.Module, device: torch.device) -> None:
     assert_same(step(compiled, x, labels, **ref), step(loss, x, labels, **ref))
 
 
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[1], LOSSES[4]], ids=repr)
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[1], LOSSES[5]], ids=repr)
 def test_compiles_given_triplets(loss: nn.Module, device: torch.device) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     x = make_rows(24, 8, torch.float32, device=device)
@@ -65,7 +66,7 @@ def test_compiles_given_triplets(loss: nn.Module, device: torch.device) -> None:
     assert_same(step(compiled, x, indices_tuple=triplets), step(loss, x, indices_tuple=triplets))
 
 
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[4]], ids=repr)
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[5]], ids=repr)
 def test_batch_size_may_vary(loss: nn.Module, device: torch.device) -> None:
     graphs = []
 
@@ -95,7 +96,7 @@ def test_inductor(device: torch.device) -> None:
     assert_same(torch.autograd.grad(compiled(x, labels), list(net.parameters())), expected)
 
 
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[4]], ids=repr)
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[5]], ids=repr)
 def test_export(loss: nn.Module) -> None:
     x, labels = make_rows(24, 8, torch.float32), make_labels(24)
     with torch.no_grad():
@@ -139,7 +140,7 @@ def test_deterministic_algorithms(loss: nn.Module, device: torch.device) -> None
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[4]], ids=repr)
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[5]], ids=repr)
 def test_numpy_margin_compiles(loss: nn.Module) -> None:
     margin = "margin" if hasattr(loss, "margin") else "neg_margin"
     loss = type(loss)(**{margin: np.float32(0.5)})

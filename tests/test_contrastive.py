@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 
 from flashmetric import functional, reference
 from flashmetric.functional import contrastive_loss
-from helpers import DISTANCES, DTYPES, REF_SHAPES, SHAPES, compare, make_labels, make_rows
+from helpers import (
+    DISTANCES,
+    DTYPES,
+    REF_SHAPES,
+    SHAPES,
+    check_unwanted_gradients,
+    compare,
+    make_indices,
+    make_labels,
+    make_refs,
+    make_rows,
+    rows_with_overflowing_distances,
+)
 
 REDUCTIONS = ["mean", "mean_separate", "mean_nonzero", "sum", "none"]
 # Margins at which both kinds of pairs are partly active for normally distributed rows.
@@ -41,8 +53,7 @@ def test_references(shape: tuple[int, int, int], distance: str, device: torch.de
         check(
             make_rows(n, d, device=device),
             make_labels(n, device=device),
-            ref_emb=make_rows(m, d, device=device),
-            ref_labels=make_labels(m, device=device),
+            **make_refs(m, d, device=device),
             distance=distance,
             reduction=reduction,
         )
@@ -52,10 +63,10 @@ def test_references(shape: tuple[int, int, int], distance: str, device: torch.de
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_and_strides(dtype: torch.dtype, strides: str, device: torch.device) -> None:
     x = make_rows(53, 24, dtype, device=device, strides=strides)
-    r = make_rows(31, 24, dtype, device=device, strides=strides)
-    labels, ref_labels = make_labels(53, device=device), make_labels(31, device=device)
+    labels = make_labels(53, device=device)
+    refs = make_refs(31, 24, dtype, device=device, strides=strides)
     check(x, labels, reduction="mean")
-    check(x, labels, ref_emb=r, ref_labels=ref_labels, distance="cosine", reduction="none")
+    check(x, labels, **refs, distance="cosine", reduction="none")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -82,11 +93,7 @@ def test_indices_tuple(length: int, with_ref: bool, reduction: str, device: torc
     x = make_rows(20, 6, device=device)
     r = make_rows(30, 6, device=device) if with_ref else None
     m = 30 if with_ref else 20
-    counts = (12, 12, 12) if length == 3 else (5, 5, 9, 9)
-    sizes = (20, m, m) if length == 3 else (20, m, 20, m)
-    indices = tuple(
-        torch.randint(k, (c,), device=device) for k, c in zip(sizes, counts, strict=True)
-    )
+    indices = make_indices(length, (12, 12) if length == 3 else (5, 9), 20, m, device)
     for power, distance in itertools.product((1, 2), DISTANCES):
         check(
             x,
@@ -150,11 +157,10 @@ def test_degenerate_batches(n: int, classes: str, device: torch.device) -> None:
 
 
 def test_no_references(device: torch.device) -> None:
-    x, r = make_rows(4, 3, device=device), make_rows(0, 3, device=device)
-    labels = make_labels(4, device=device)
-    none = torch.empty(0, dtype=torch.int64, device=device)
+    x, labels = make_rows(4, 3, device=device), make_labels(4, device=device)
+    refs = make_refs(0, 3, device=device)
     for reduction in REDUCTIONS:
-        check(x, labels, ref_emb=r, ref_labels=none, reduction=reduction)
+        check(x, labels, **refs, reduction=reduction)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -244,11 +250,7 @@ def test_non_finite_rows_show(bad: float, distance: str, device: torch.device) -
 
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "dot"])
 def test_overflowing_distances_show(distance: str, device: torch.device) -> None:
-    # The squared norm is still finite, the squared distance of two such rows no longer.
-    x = make_rows(8, 4, torch.float32, device=device).detach()
-    x[2:4] = 0
-    x[2, 1], x[3, 1] = 1.7e19, -1.7e19
-    x.requires_grad_()
+    x = rows_with_overflowing_distances(device)
     for reduction in REDUCTIONS:
         labels = torch.arange(8, device=device) // 4
         loss = contrastive_loss(x, labels, distance=distance, reduction=reduction)
@@ -267,25 +269,7 @@ def test_one_nan_row_is_no_pair(reduction: str, device: torch.device) -> None:
 
 
 def test_no_gradient_wanted(device: torch.device) -> None:
-    x, labels = make_rows(10, 4, device=device), make_labels(10, 2, device=device)
-    with torch.no_grad():
-        assert not contrastive_loss(x, labels).requires_grad
-    r = make_rows(9, 4, device=device)
-    ref_labels = make_labels(9, 2, device=device)
-    for reduction in ("mean", "none"):
-        loss = contrastive_loss(
-            x.detach(), labels, ref_emb=r, ref_labels=ref_labels, reduction=reduction
-        )
-        loss.sum().backward()
-        assert x.grad is None and r.grad is not None and r.grad.any()
-    expected = None
-    for frozen in (False, True):
-        x.grad = None
-        bank = r.detach().requires_grad_(not frozen)
-        contrastive_loss(x, labels, ref_emb=bank, ref_labels=ref_labels).backward()
-        expected = x.grad if expected is None else expected
-        assert x.grad is not None and x.grad.equal(expected)
-        assert (bank.grad is None) == frozen
+    check_unwanted_gradients(contrastive_loss, device)
 
 
 @given(
@@ -312,8 +296,7 @@ def test_any_batch(
     check(
         make_rows(n, d),
         make_labels(n, classes),
-        ref_emb=None if m is None else make_rows(m, d),
-        ref_labels=None if m is None else make_labels(m, classes),
+        **make_refs(m, d, classes=classes),
         distance=distance,
         reduction=reduction,
         power=power,

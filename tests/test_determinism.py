@@ -18,8 +18,8 @@ from flashmetric import ContrastiveLoss, TripletMarginLoss
 
 torch.set_num_threads(int(sys.argv[1]))
 digest = hashlib.sha256()
-losses = [TripletMarginLoss(swap=True), ContrastiveLoss(0.5, 6.0),
-          ContrastiveLoss(reduction="none")]
+losses = [TripletMarginLoss(), TripletMarginLoss(swap=True), TripletMarginLoss(exact=True),
+          ContrastiveLoss(0.5, 6.0), ContrastiveLoss(reduction="none")]
 for n, m, d, classes, dtype in ((1101, 0, 24, 150, torch.float32), (1000, 0, 40, 5, torch.float32),
                                 (311, 1700, 40, 90, torch.float32), (1203, 0, 13, 9, torch.float64),
                                 (1030, 0, 16, 200, torch.bfloat16),

@@ -42,6 +42,7 @@ print(peak() - before)
     "loss",
     [
         "TripletMarginLoss(swap=True)",
+        "TripletMarginLoss(exact=True)",
         "ContrastiveLoss(1.0, 8.0)",
         "ContrastiveLoss(1.0, 8.0, reduction='none')",
     ],

@@ -31,7 +31,7 @@ def test_repr_rebuilds_the_module() -> None:
     triplet = TripletMarginLoss(0.5, distance="cosine", swap=True)
     assert repr(triplet) == (
         "TripletMarginLoss(0.5, distance='cosine', mining='batch_hard', smooth=False, swap=True, "
-        "reduction='mean', empty='skip', normalize=False)"
+        "reduction='mean', empty='skip', normalize=False, exact=False)"
     )
     contrastive = ContrastiveLoss(0.1, 2.0, power=2)
     assert repr(contrastive) == (
@@ -55,7 +55,8 @@ def test_copies(module: nn.Module) -> None:
 def test_modules_equal_functions() -> None:
     x, labels, r, ref_labels = make_rows(12, 4), make_labels(12), make_rows(9, 4), make_labels(9)
     options: dict[str, Any] = {"distance": "sqeuclidean", "reduction": "sum", "normalize": True}
-    triplet = {"margin": 0.7, "smooth": True, "swap": True, "empty": "keep", **options}
+    triplet = {"margin": 0.7, "smooth": True, "swap": True, "empty": "keep", "exact": True}
+    triplet.update(options)
     pair = {"pos_margin": 0.1, "neg_margin": 1.5, "power": 2, "scale": 3.0, **options}
     for module, function, hyper in (
         (TripletMarginLoss, triplet_margin_loss, triplet),
@@ -118,6 +119,7 @@ OPTION_ERRORS = [
     (FUNCTIONS[:1], {"smooth": None}, TypeError, "smooth must be True or False, got None"),
     (FUNCTIONS[:1], {"swap": 0}, TypeError, "swap must be True or False, got 0"),
     (FUNCTIONS[:1], {"empty": "drop"}, ValueError, "empty must be one of .*; got 'drop'"),
+    (FUNCTIONS[:1], {"exact": 1}, TypeError, "exact must be True or False, got 1"),
     (FUNCTIONS[1:], {"pos_margin": "a"}, TypeError, "pos_margin must be a number"),
     (FUNCTIONS[1:], {"neg_margin": float("inf")}, ValueError, "neg_margin must be finite"),
     (FUNCTIONS[1:], {"power": 3}, ValueError, "power must be one of 1, 2; got 3"),

@@ -12,9 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flashmetric import _library
 from flashmetric.ops.hardest import hardest_fallback
+from flashmetric.ops.hardest_triplets import (
+    hardest_triplets_backward_fallback,
+    hardest_triplets_fallback,
+)
 from flashmetric.ops.pair_distance import pair_distance_backward_fallback, pair_distance_fallback
 from flashmetric.ops.pair_sum import pair_sum_backward_fallback, pair_sum_fallback
-from flashmetric.ops.triplet_margin import triplet_margin_fallback
 from flashmetric.reference import pairwise_distance
 from helpers import DISTANCES, DTYPES, make_labels, make_rows
 
@@ -22,11 +25,12 @@ OPS = torch.ops.flashmetric
 FORMULAS = ["hinge", "squared_hinge"]
 FALLBACKS = {
     "hardest": hardest_fallback,
+    "hardest_triplets": hardest_triplets_fallback,
+    "hardest_triplets_backward": hardest_triplets_backward_fallback,
     "pair_distance": pair_distance_fallback,
     "pair_distance_backward": pair_distance_backward_fallback,
     "pair_sum": pair_sum_fallback,
     "pair_sum_backward": pair_sum_backward_fallback,
-    "triplet_margin": triplet_margin_fallback,
 }
 
 
@@ -57,7 +61,7 @@ def calls(
     query_index = torch.randint(-1, n, (11 if n and rows else 0,), device=x.device)
     ref_index = torch.randint(-1, max(rows, 1), query_index.shape, device=x.device)
     batch = (x, labels, r, ref_labels, distance)
-    result: list[tuple[str, tuple[Any, ...]]] = [("hardest", batch)]
+    result: list[tuple[str, tuple[Any, ...]]] = [("hardest", batch), ("hardest", (*batch, True))]
     for qi, ri in ((None, listed), (query_index, ref_index)):
         values = pair_distance_fallback(x, r, qi, ri, distance)
         grad = torch.randn(ri.shape, dtype=result_dtype, device=x.device)
@@ -72,12 +76,15 @@ def calls(
             result.append(("pair_sum", (*batch, *margins, *flags)))
         for flags in ((), (False,)):
             result.append(("pair_sum_backward", (grad, *batch, *margins, *flags)))
-    found = torch.randint(-1, 4, (2, n), device=x.device)
-    measured = torch.rand((2, n), dtype=result_dtype, device=x.device) * 3
     for reduction, smooth in itertools.product(("mean", "mean_nonzero", "sum"), (False, True)):
-        for keep in (False, True):
-            chosen = (0.2, smooth, reduction, keep)
-            result.append(("triplet_margin", (found, measured * (found >= 0), *chosen)))
+        for flags in ((False,), (True,), (False, True)):
+            args = (*batch, 0.2, smooth, reduction, *flags)
+            result.append(("hardest_triplets", args))
+            _, *found, slope, scale = hardest_triplets_fallback(*args)
+            grad = torch.randn((), dtype=result_dtype, device=x.device)
+            for wanted in ((), (False,)):
+                args = (grad, slope, scale, x, r, *found, distance, *wanted)
+                result.append(("hardest_triplets_backward", args))
     return result
 
 
@@ -130,7 +137,7 @@ def test_empty_sides(shape: tuple[int, int | None], device: torch.device) -> Non
     for name, args in calls(*shape, 4, device=device):
         for output in run(name, args):
             assert output.isfinite().all(), name
-            if name == "hardest" and output.dtype == torch.int64:
+            if name.startswith("hardest") and output.dtype == torch.int64:
                 assert (output == -1).all()
 
 
@@ -154,12 +161,14 @@ def test_native_agrees_with_pytorch(
         tolerance = torch.finfo(dtype).eps
     for name, args in calls(97, m, 19, distance, dtype=dtype, device=device, strides=strides):
         got, expected = run(name, args), run_fallback(name, args)
-        if name == "hardest":
+        if name in ("hardest", "hardest_triplets"):
             # Rounding may order equal candidates differently: what counts is their distance.
-            assert got[0].shape == expected[0].shape and ((got[0] < 0) == (expected[0] < 0)).all()
-            measured = pair_distance_fallback(args[0], args[2], None, got[0], distance)
-            torch.testing.assert_close(got[1], measured, rtol=1e-5, atol=1e-5)
-            got, expected = got[1:], expected[1:]
+            at = 0 if name == "hardest" else 1
+            index, theirs = got[at], expected[at]
+            assert index.shape == theirs.shape and ((index < 0) == (theirs < 0)).all()
+            measured = pair_distance_fallback(args[0], args[2], None, index, distance)
+            torch.testing.assert_close(got[at + 1], measured, rtol=1e-5, atol=1e-5)
+            got, expected = got[:at] + got[at + 1 :], expected[:at] + expected[at + 1 :]
         for ours, theirs in zip(got, expected, strict=True):
             assert ours.dtype == theirs.dtype, name
             scale = theirs.abs().max().item() if theirs.numel() else 0
@@ -243,25 +252,38 @@ def test_non_finite_rows_without_a_pair_spoil_nothing(
     grad = x.new_ones((2, len(x)))
     for outputs in (
         OPS.hardest(*batch)[1:],
+        OPS.hardest(*batch, True)[1:],
+        OPS.hardest_triplets(*batch, 0.2, False, "mean", False)[0:1],
         OPS.pair_sum(*pairs, True),
         OPS.pair_sum_backward(grad, *pairs),
     ):
         assert not any(output.any() for output in outputs)
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "mean_nonzero", "sum"])
-@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("ref_labels", [[0], [1], [0, 1]], ids=str)
 def test_nan_distance_of_a_lone_pair_shows(
-    missing: int, reduction: str, smooth: bool, keep: bool, device: torch.device
+    ref_labels: list[int],
+    reduction: str,
+    smooth: bool,
+    keep: bool,
+    exact: bool,
+    device: torch.device,
 ) -> None:
-    index = torch.tensor([[1, 2], [2, 3]], device=device)
-    distance = torch.rand(2, 2, device=device)
-    index[missing, 0], distance[missing, 0] = -1, 0
-    distance[1 - missing, 0] = torch.nan
-    loss, grad = OPS.triplet_margin(index, distance, 0.5, smooth, reduction, keep)
-    assert loss.isnan() and grad.isnan().all()
+    x, r = torch.rand(1, 3, device=device), torch.rand(len(ref_labels), 3, device=device)
+    r[0, 1] = torch.nan
+    labels, classes = (torch.tensor(c, device=device) for c in ([0], ref_labels))
+    options = ("euclidean", 0.5, smooth, reduction, keep, exact)
+    loss, index, distance, slope, scale = OPS.hardest_triplets(x, labels, r, classes, *options)
+    assert loss.isnan() and slope.isnan().all() and scale.isfinite()
+    assert distance.isnan().equal(index >= 0)
+    one = torch.ones_like(loss)
+    saved = (slope, scale, x, r, index, distance)
+    grads = OPS.hardest_triplets_backward(one, *saved, "euclidean")
+    assert all(grad.isnan().any() for grad in grads)
 
 
 @pytest.mark.parametrize("margins", [(0.0, 1.0), (0.25, 1.5), (1.0, 0.5)])

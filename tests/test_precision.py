@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flashmetric import functional, reference
+from flashmetric.ops.hardest import hardest_fallback
+from flashmetric.ops.pair_distance import pair_distance_fallback
 from helpers import DISTANCES, assert_grad_close, assert_no_worse_than_eager, make_rows
 
 OPS = torch.ops.flashmetric
@@ -112,3 +114,91 @@ def test_ties_of_a_collapsed_batch_take_the_lowest_index(device: torch.device) -
     assert not values[1].any()
     assert index[1].tolist() == [12, 13, 14, 15, 16, 17] * 2 + [0, 1, 2, 3, 4, 5] * 2
     assert ((index[0] % 12) < 6).all()
+
+
+def rows_around_a_far_point(d: int, distance: str, device: torch.device) -> Tensor:
+    """Rows at nearly equal distances from each other, which is above the bound of near pairs."""
+    steps = torch.cat((torch.eye(d, device=device), -torch.eye(d, device=device)))
+    steps = steps[torch.randperm(2 * d, device=device)[:300]]
+    rows = 32 / d**0.5 + 3 * steps * (1 + 1e-5 * torch.randn(len(steps), 1, device=device))
+    return functional.normalize_rows(rows) if distance == "cosine" else rows
+
+
+def brute_force(
+    measure: Callable[..., Tensor],
+    x: Tensor,
+    labels: Tensor,
+    r: Tensor | None,
+    ref_labels: Tensor | None,
+    distance: str,
+) -> Tensor:
+    """Index of the hardest pairs by argmax and argmin over all measured distances."""
+    m = len(x if r is None else r)
+    every = torch.arange(m, device=x.device)[:, None].expand(m, len(x))
+    d = measure(x, r, None, every, distance).T
+    same = labels[:, None] == (labels if ref_labels is None else ref_labels)
+    positives = same.clone()
+    if r is None:
+        positives.fill_diagonal_(False)
+    farthest = d.masked_fill(~positives, -torch.inf).argmax(1)
+    nearest = d.masked_fill(same, torch.inf).argmin(1)
+    farthest[~positives.any(1)] = nearest[same.all(1)] = -1
+    return torch.stack((farthest, nearest))
+
+
+@pytest.mark.parametrize("d", [64, 515])
+@pytest.mark.parametrize("classes", [2, 40])
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_exact_mining_equals_brute_force(
+    distance: str, with_ref: bool, classes: int, d: int, device: torch.device
+) -> None:
+    x = rows_around_a_far_point(d, distance, device)
+    labels = torch.arange(len(x), device=device) % classes
+    r, ref_labels = None, None
+    if with_ref:
+        x, r, labels, ref_labels = x[:90], x[90:], labels[:90], labels[90:] + 1
+    batch = (x, labels, r, ref_labels, distance)
+    for mine, measure in (
+        (OPS.hardest, OPS.pair_distance),
+        (hardest_fallback, pair_distance_fallback),
+    ):
+        expected = brute_force(measure, *batch)
+        index, values = mine(*batch, True)
+        assert index.equal(expected)
+        assert values.equal(measure(x, r, None, index, distance))
+        keyed, _ = mine(*batch)
+        assert (keyed[1] != expected[1]).any(), "keys did as well, so the batch tests nothing"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_exact_loss_is_that_of_the_hardest_triplets(reduction: str, device: torch.device) -> None:
+    x = rows_around_a_far_point(48, "euclidean", device).requires_grad_()
+    labels = torch.arange(96, device=device) % 6
+    p, n = brute_force(OPS.pair_distance, x.detach(), labels, None, None, "euclidean")
+    results = []
+    for options in (
+        {"labels": labels, "exact": True},
+        {"indices_tuple": (torch.arange(96, device=device), p, n)},
+    ):
+        loss = functional.triplet_margin_loss(x, reduction=reduction, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_distances_with_one_root_are_a_tie(device: torch.device) -> None:
+    # The squares of both distances are neighbouring numbers, their roots round to one.
+    x = torch.zeros(1, 2, device=device)
+    r = torch.tensor([[1.0, 2**-11.5], [1.0, 0.0], [1.0, 2**-11.5]], device=device)
+    labels, ref_labels = (torch.tensor(c, device=device) for c in ([0], [1, 0, 0]))
+    every = torch.arange(3, device=device)[:, None]
+    for mine, measure in (
+        (OPS.hardest, OPS.pair_distance),
+        (hardest_fallback, pair_distance_fallback),
+    ):
+        squares = measure(x, r, None, every, "sqeuclidean").flatten()
+        assert squares[1] < squares[2] and (measure(x, r, None, every, "euclidean") == 1).all()
+        for distance, farthest in (("euclidean", 1), ("sqeuclidean", 2)):
+            index, _ = mine(x, labels, r, ref_labels, distance, True)
+            assert index.flatten().tolist() == [farthest, 0]

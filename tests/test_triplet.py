@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 
 from flashmetric import functional, reference
 from flashmetric.functional import triplet_margin_loss
-from helpers import DISTANCES, DTYPES, REF_SHAPES, SHAPES, compare, make_labels, make_rows
+from helpers import (
+    DISTANCES,
+    DTYPES,
+    REF_SHAPES,
+    SHAPES,
+    check_unwanted_gradients,
+    compare,
+    make_indices,
+    make_labels,
+    make_refs,
+    make_rows,
+    rows_with_overflowing_distances,
+)
 
 REDUCTIONS = ["mean", "mean_nonzero", "sum", "none"]
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -32,8 +44,7 @@ def test_references(shape: tuple[int, int, int], distance: str, device: torch.de
     check(
         make_rows(n, d, device=device),
         make_labels(n, device=device),
-        ref_emb=make_rows(m, d, device=device),
-        ref_labels=make_labels(m, device=device),
+        **make_refs(m, d, device=device),
         distance=distance,
         swap=True,
     )
@@ -43,10 +54,10 @@ def test_references(shape: tuple[int, int, int], distance: str, device: torch.de
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_and_strides(dtype: torch.dtype, strides: str, device: torch.device) -> None:
     x = make_rows(53, 24, dtype, device=device, strides=strides)
-    r = make_rows(31, 24, dtype, device=device, strides=strides)
-    labels, ref_labels = make_labels(53, device=device), make_labels(31, device=device)
+    labels = make_labels(53, device=device)
+    refs = make_refs(31, 24, dtype, device=device, strides=strides)
     check(x, labels, margin=0.5)
-    check(x, labels, ref_emb=r, ref_labels=ref_labels, distance="cosine")
+    check(x, labels, **refs, distance="cosine")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -78,15 +89,11 @@ def test_indices_tuple(length: int, with_ref: bool, reduction: str, device: torc
     x = make_rows(20, 6, device=device)
     r = make_rows(30, 6, device=device) if with_ref else None
     m = 30 if with_ref else 20
-    if length == 3:
-        indices = [torch.randint(k, (40,), device=device) for k in (20, m, m)]
-    else:
-        pairs, others = ((5, 20), (5, m)), ((9, 20), (9, m))
-        indices = [torch.randint(k, (c,), device=device) for c, k in (*pairs, *others)]
+    indices = make_indices(length, (40, 40) if length == 3 else (5, 9), 20, m, device)
     for swap, distance in itertools.product((False, True), DISTANCES):
         check(
             x,
-            indices_tuple=tuple(indices),
+            indices_tuple=indices,
             ref_emb=r,
             reduction=reduction,
             swap=swap,
@@ -154,11 +161,10 @@ def test_degenerate_batches(n: int, empty: str, classes: str, device: torch.devi
 
 
 def test_no_references(device: torch.device) -> None:
-    x, r = make_rows(4, 3, device=device), make_rows(0, 3, device=device)
-    labels = make_labels(4, device=device)
-    none = torch.empty(0, dtype=torch.int64, device=device)
+    x, labels = make_rows(4, 3, device=device), make_labels(4, device=device)
+    refs = make_refs(0, 3, device=device)
     for empty in ("skip", "keep"):
-        check(x, labels, ref_emb=r, ref_labels=none, empty=empty, swap=True)
+        check(x, labels, **refs, empty=empty, swap=True)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -230,10 +236,7 @@ def test_non_finite_rows_show(bad: float, distance: str, device: torch.device) -
 
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "dot"])
 def test_overflowing_distances_show(distance: str, device: torch.device) -> None:
-    # The squared norm is still finite, the squared distance of two such rows no longer.
-    x = make_rows(8, 4, torch.float32, device=device).detach()
-    x[2:4] = 0
-    x[2, 1], x[3, 1] = 1.7e19, -1.7e19
+    x = rows_with_overflowing_distances(device)
     labels = torch.arange(8, device=device) // 4
     index, values = torch.ops.flashmetric.hardest(x, labels, None, None, distance)
     assert (index >= 0).all() and values.isnan().all()
@@ -283,23 +286,7 @@ def test_half_gives_float32_loss_and_half_gradient(device: torch.device) -> None
 
 
 def test_no_gradient_wanted(device: torch.device) -> None:
-    x, labels = make_rows(10, 4, device=device), make_labels(10, 2, device=device)
-    with torch.no_grad():
-        assert not triplet_margin_loss(x, labels).requires_grad
-    r = make_rows(9, 4, device=device)
-    ref_labels = make_labels(9, 2, device=device)
-    triplet_margin_loss(x.detach(), labels, ref_emb=r, ref_labels=ref_labels).backward()
-    assert x.grad is None and r.grad is not None and r.grad.any()
-    for reduction in ("mean", "none"):
-        expected = None
-        for frozen in (False, True):
-            x.grad = None
-            bank = r.detach().requires_grad_(not frozen)
-            options = {"ref_emb": bank, "ref_labels": ref_labels, "reduction": reduction}
-            triplet_margin_loss(x, labels, **options).sum().backward()
-            expected = x.grad if expected is None else expected
-            assert x.grad is not None and x.grad.equal(expected)
-            assert (bank.grad is None) == frozen
+    check_unwanted_gradients(triplet_margin_loss, device)
 
 
 @given(
@@ -328,8 +315,7 @@ def test_any_batch(
     check(
         make_rows(n, d),
         make_labels(n, classes),
-        ref_emb=None if m is None else make_rows(m, d),
-        ref_labels=None if m is None else make_labels(m, classes),
+        **make_refs(m, d, classes=classes),
         distance=distance,
         reduction=reduction,
         empty=empty,

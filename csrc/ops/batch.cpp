@@ -18,6 +18,13 @@ Formula parse_formula(const std::string& name) {
   STD_TORCH_CHECK(false, "formula: 'hinge' or 'squared_hinge' expected, got '", name, "'");
 }
 
+Reduction parse_reduction(const std::string& name) {
+  if (name == "mean") return Reduction::kMean;
+  if (name == "mean_nonzero") return Reduction::kMeanNonzero;
+  if (name == "sum") return Reduction::kSum;
+  STD_TORCH_CHECK(false, "reduction: 'mean', 'mean_nonzero' or 'sum' expected, got '", name, "'");
+}
+
 namespace {
 
 void check_rows(const Tensor& x, const Tensor& labels, const char* name) {

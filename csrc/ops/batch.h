@@ -26,6 +26,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 Distance parse_distance(const std::string& name);
 Formula parse_formula(const std::string& name);
+Reduction parse_reduction(const std::string& name);
 
 // Memory-safety checks only: the messages that users see are the functional layer's.
 void check_batch(const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,

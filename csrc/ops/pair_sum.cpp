@@ -38,8 +38,7 @@ class PairSums {
         distance_(distance),
         formula_(formula),
         margins_(margins),
-        refs_by_class_(batch.ref_lists()),
-        queries_by_class_(batch.query_lists()) {}
+        refs_by_class_(batch.ref_lists()) {}
 
   int64_t positives(int64_t i) const {
     const int32_t own = batch_.query.classes[i];
@@ -68,10 +67,12 @@ class PairSums {
       for (int64_t i = task * kRowsPerTask; i < end; ++i) positive_row(kind, i, u);
     });
     if (kind.grad_ref == nullptr) return;
+    const RowLists queries_by_class = batch_.query_lists();
     for_each((batch_.m + kRowsPerTask - 1) / kRowsPerTask, parallel, [&](int64_t task) {
       std::vector<T> u;
       const int64_t end = std::min((task + 1) * kRowsPerTask, batch_.m);
-      for (int64_t j = task * kRowsPerTask; j < end; ++j) positive_ref_row(kind, j, u);
+      for (int64_t j = task * kRowsPerTask; j < end; ++j)
+        positive_ref_row(kind, queries_by_class, j, u);
     });
   }
 
@@ -101,10 +102,11 @@ class PairSums {
                                   kind.grad_query + i * batch_.d);
   }
 
-  void positive_ref_row(Kind<T>& kind, int64_t j, std::vector<T>& u) const {
+  void positive_ref_row(Kind<T>& kind, const RowLists& queries_by_class, int64_t j,
+                        std::vector<T>& u) const {
     const int32_t own = batch_.ref.classes[j];
-    const int32_t* list = queries_by_class_.begin(own);
-    const int64_t count = queries_by_class_.count(own);
+    const int32_t* list = queries_by_class.begin(own);
+    const int64_t count = queries_by_class.count(own);
     const T* x = batch_.ref.rows + j * batch_.d;
     u.resize(static_cast<size_t>(count));
     cpu_kernels<T>().exact(distance_, x, batch_.ref.norms[j], batch_.query, list, count, u.data());
@@ -166,7 +168,7 @@ class PairSums {
   const Distance distance_;
   const Formula formula_;
   const Margins margins_;
-  const RowLists refs_by_class_, queries_by_class_;
+  const RowLists refs_by_class_;
 };
 
 template <class T>

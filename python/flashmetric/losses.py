@@ -45,6 +45,7 @@ class TripletMarginLoss(nn.Module):
         reduction: ``"mean"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
         empty: ``"skip"`` or ``"keep"`` anchors without a positive or without a negative.
         normalize: scale rows to unit length first.
+        exact: mine by exact distances instead of keys that rounding may swap; slower.
 
     Example:
         >>> from flashmetric import TripletMarginLoss
@@ -65,11 +66,12 @@ class TripletMarginLoss(nn.Module):
         reduction: triplet.Reduction = "mean",
         empty: triplet.Empty = "skip",
         normalize: bool = False,
+        exact: bool = False,
     ) -> None:
         """Check and store the hyper-parameters."""
         super().__init__()
         triplet.check_triplet_options(
-            margin, distance, mining, smooth, swap, reduction, empty, normalize
+            margin, distance, mining, smooth, swap, reduction, empty, normalize, exact
         )
         self.margin = float(margin)
         self.distance: Distance = distance
@@ -79,6 +81,7 @@ class TripletMarginLoss(nn.Module):
         self.reduction: triplet.Reduction = reduction
         self.empty: triplet.Empty = empty
         self.normalize = normalize
+        self.exact = exact
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> "TripletMarginLoss":
@@ -115,6 +118,7 @@ class TripletMarginLoss(nn.Module):
             reduction=self.reduction,
             empty=self.empty,
             normalize=self.normalize,
+            exact=self.exact,
             ref_emb=ref_emb,
             ref_labels=ref_labels,
             indices_tuple=indices_tuple,
@@ -125,7 +129,7 @@ class TripletMarginLoss(nn.Module):
         return (
             f"{self.margin}, distance={self.distance!r}, mining={self.mining!r}, "
             f"smooth={self.smooth}, swap={self.swap}, reduction={self.reduction!r}, "
-            f"empty={self.empty!r}, normalize={self.normalize}"
+            f"empty={self.empty!r}, normalize={self.normalize}, exact={self.exact}"
         )
 
 

@@ -144,6 +144,42 @@ struct Softplus {
   }
 };
 
+enum class Reduction : int { kMean, kMeanNonzero, kSum };
+
+// What one anchor brings to the reduced loss of the hardest triplets.
+template <class T>
+struct TripletTerm {
+  T loss;         // 0 for anchors left out
+  T slope;        // d loss / d d(a, p) = -(d loss / d d(a, n))
+  bool counted;   // in the divisor of a mean
+  bool poisoned;  // a NaN distance: no finite loss may have a NaN gradient
+};
+
+template <class T>
+struct TripletRule {
+  T margin;
+  bool smooth;  // softplus in place of the hinge
+  bool keep;    // count anchors that lack a positive or a negative
+  Reduction reduction;
+
+  FLASHMETRIC_HD TripletTerm<T> term(bool has_positive, bool has_negative, T d_ap, T d_an) const {
+    // Kept anchors: a missing positive is at distance 0 already; a missing negative is as far as
+    // the positive, so that neither distance moves the loss.
+    const bool moving = has_negative && (has_positive || keep);
+    const T v = moving ? d_ap - d_an + margin : margin;
+    TripletTerm<T> term{T(0), T(0), moving || keep, d_ap != d_ap || d_an != d_an};
+    if (term.counted) term.loss = smooth ? Softplus::value(v) : Hinge::value(v);
+    if (moving) term.slope = smooth ? Softplus::slope(v) : Hinge::slope(v);
+    if (reduction == Reduction::kMeanNonzero) term.counted = term.loss != T(0);
+    return term;
+  }
+
+  // What the sum of the losses is divided by.
+  FLASHMETRIC_HD double divisor(long long counted) const {
+    return reduction == Reduction::kSum || counted < 1 ? 1.0 : static_cast<double>(counted);
+  }
+};
+
 // Run time -> compile time.
 enum class Distance : int { kEuclidean, kSqeuclidean, kCosine, kDot };
 enum class Formula : int { kHinge, kSquaredHinge };
@@ -161,6 +197,14 @@ FLASHMETRIC_HD auto with_distance(Distance distance, F&& f) {
     default:
       return f(Dot{});
   }
+}
+
+// Derivative in u of the distance that has this value. A NaN distance has a NaN gradient, also
+// where the slope is a constant.
+template <class T>
+FLASHMETRIC_HD T slope_at(Distance distance, T value) {
+  if (value != value) return value;
+  return with_distance(distance, [=](auto d) { return decltype(d)::slope(value); });
 }
 
 template <class F>

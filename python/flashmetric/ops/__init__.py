@@ -6,9 +6,10 @@ Python; the native library adds faster implementations for some devices. The ops
 memory safety needs: :mod:`flashmetric.functional` is the interface for users.
 """
 
+import flashmetric.ops.matmul_precision  # noqa: F401  defines an op
 from flashmetric.ops.hardest import Hardest
+from flashmetric.ops.hardest_triplets import HardestTriplets
 from flashmetric.ops.pair_distance import PairDistance
 from flashmetric.ops.pair_sum import PairRows, PairTotal
-from flashmetric.ops.triplet_margin import HardestTriplets
 
 __all__ = ["Hardest", "HardestTriplets", "PairDistance", "PairRows", "PairTotal"]

@@ -23,8 +23,8 @@ from flashmetric.ops.first_order import first_order_only
 from flashmetric.ops.pair_distance import pair_distance_backward, pair_distance_fallback
 
 library.define(
-    "hardest(Tensor query, Tensor query_labels, Tensor? ref, Tensor? ref_labels, str distance)"
-    " -> (Tensor index, Tensor distance)"
+    "hardest(Tensor query, Tensor query_labels, Tensor? ref, Tensor? ref_labels, str distance,"
+    " bool exact=False) -> (Tensor index, Tensor distance)"
 )
 
 
@@ -55,8 +55,12 @@ def hardest_fallback(
     ref: Tensor | None,
     ref_labels: Tensor | None,
     distance: str,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch implementation of ``flashmetric::hardest``.
+
+    With ``exact`` every candidate is measured as ``pair_distance`` does; without, candidates are
+    compared by Gram-form keys, and by measured distances only where the keys lost their digits.
 
     Returns:
         Reference indices, int64 [2, N] (hardest positive, hardest negative, -1 if there is none),
@@ -68,32 +72,36 @@ def hardest_fallback(
     own = torch.arange(len(x), device=x.device) if ref is None else None
     x_norms = squared_norms(x)
     r_norms = x_norms if ref is None else squared_norms(r)
-    r_bias = bias(r_norms, distance)
+    poisoned = poison(x_norms, r_norms)
     n, m = x.shape[0], r.shape[0]
-
-    index = query_labels.new_full((2, n), -1, dtype=torch.int64)
     # Finite keys leave the infinities free to mark pairs that are no candidates.
     limit = torch.finfo(x.dtype).max
-    for rows in slabs(n if m else 0, m):
-        key = torch.addmm(r_bias, x[rows], r.T, alpha=-2).clamp_(-limit, limit)
-        same = query_labels[rows, None] == r_labels
-        _, index[:, rows] = _extremes(key, same, None if own is None else own[rows])
 
-    values = pair_distance_fallback(x, None if ref is None else r, None, index, distance)
-    values += poison(x_norms, r_norms)
-    values.masked_fill_(index < 0, 0)
-    if m and is_difference(distance):
-        # The keys of such pairs are mostly rounding errors, so any candidate may have won.
-        limit_u = (x_norms + r_norms[index.clamp(min=0)]).mul_(NEAR)
-        near = (values < value(limit_u, distance)).logical_and_(index >= 0)
-        again = near.any(0).nonzero().squeeze(1)
-        for part in slabs(len(again), r.numel()):
-            rows_again = again[part]
-            u = exact_u(x[rows_again, None], r, distance)
-            same = query_labels[rows_again, None] == r_labels
-            best, column = _extremes(u, same, None if own is None else own[rows_again])
-            index[:, rows_again] = column
-            values[:, rows_again] = value(best, distance).masked_fill_(column < 0, 0)
+    index = query_labels.new_full((2, n), -1, dtype=torch.int64)
+    if exact:
+        values = x.new_zeros((2, n))
+        again = torch.arange(n if m else 0, device=x.device)
+    else:
+        r_bias = bias(r_norms, distance)
+        for rows in slabs(n if m else 0, m):
+            key = torch.addmm(r_bias, x[rows], r.T, alpha=-2).clamp_(-limit, limit)
+            same = query_labels[rows, None] == r_labels
+            _, index[:, rows] = _extremes(key, same, None if own is None else own[rows])
+        values = pair_distance_fallback(x, None if ref is None else r, None, index, distance)
+        values.add_(poisoned).masked_fill_(index < 0, 0)
+        again = index.new_empty(0)
+        if m and is_difference(distance):
+            # The keys of such pairs are mostly rounding errors, so any candidate may have won.
+            limit_u = (x_norms + r_norms[index.clamp(min=0)]).mul_(NEAR)
+            near = (values < value(limit_u, distance)).logical_and_(index >= 0)
+            again = near.any(0).nonzero().squeeze(1)
+    for part in slabs(len(again), r.numel()):
+        rows_again = again[part]
+        measured = value(exact_u(x[rows_again, None], r, distance), distance).clamp_(-limit, limit)
+        same = query_labels[rows_again, None] == r_labels
+        best, column = _extremes(measured, same, None if own is None else own[rows_again])
+        index[:, rows_again] = column
+        values[:, rows_again] = best.add_(poisoned).masked_fill_(column < 0, 0)
     return index, values
 
 
@@ -108,6 +116,7 @@ def _hardest_fake(
     ref: Tensor | None,
     ref_labels: Tensor | None,
     distance: str,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     shape = (2, query.shape[0])
     return (
@@ -117,7 +126,7 @@ def _hardest_fake(
 
 
 class Hardest(torch.autograd.Function):
-    """Differentiable ``flashmetric::hardest``: (query, query_labels, ref, ref_labels, distance).
+    """Differentiable ``flashmetric::hardest``, with all arguments of that op.
 
     Returns index and distance; gradients flow from the distances of the selected pairs.
     """
@@ -125,7 +134,7 @@ class Hardest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """Select the pairs and measure them; saves O(N D), no matrix of pairs."""
-        query, _, ref, _, ctx.distance = args
+        query, _, ref, _, ctx.distance, _ = args
         index, values = hardest(*args)
         ctx.save_for_backward(query, ref, index, values)
         ctx.mark_non_differentiable(index)
@@ -137,10 +146,10 @@ class Hardest(torch.autograd.Function):
     def backward(ctx: Any, _: None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scatter the gradients of the two selected distances per row."""
         if grad is None:
-            return None, None, None, None, None
+            return (None,) * 6
         query, ref, index, values = ctx.saved_tensors
         ref_grad = ctx.needs_input_grad[2]
         grad_query, grad_ref = pair_distance_backward(
             grad, query, ref, None, index, values, ctx.distance, ref_grad
         )
-        return grad_query, None, grad_ref if ref_grad else None, None, None
+        return grad_query, None, grad_ref if ref_grad else None, None, None, None
