@@ -64,7 +64,7 @@ function(flashmetric_add_cuda_kernels target family)
   set(_objects ${target}_cuda_${family})
   add_library(${_objects} OBJECT ${arg_SOURCES})
   set_target_properties(${_objects} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHS}")
-  target_include_directories(${_objects} PRIVATE csrc/include)
+  target_include_directories(${_objects} PRIVATE csrc/include csrc/cuda)
   # Line tables quadruple the object files, so only profiling builds carry them.
   target_compile_options(${_objects} PRIVATE --expt-relaxed-constexpr -Xfatbin=-compress-all
     $<$<CONFIG:RelWithDebInfo>:-lineinfo>)

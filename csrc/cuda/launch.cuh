@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <flashmetric/cuda_kernels.h>
+
+namespace flashmetric::cuda {
+
+// The shapes that this code is compiled for.
+#if defined(__CUDA_ARCH__)
+template <int kPlanes>
+using ShapesHere = Shapes<kPlanes, arch_class(__CUDA_ARCH__ / 10)>;
+#else
+template <int kPlanes>
+using ShapesHere = Shapes<kPlanes, ArchClass::kLarge>;  // for signatures; threads do not differ
+#endif
+
+// Launches a kernel of the tile engine, with leave for the shared memory that its plan asks for.
+template <class Args>
+cudaError_t launch_tiles(void (*kernel)(Args), const Args& args, const TilePlan& plan,
+                         cudaStream_t stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
+  kernel<<<grid, static_cast<unsigned>(plan.threads), static_cast<size_t>(plan.smem), stream>>>(
+      args);
+  return cudaGetLastError();
+}
+
+}  // namespace flashmetric::cuda

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// One row of a slab against all rows of the other side: what the search and the sums share.
+#pragma once
+
+#include <flashmetric/kernels.h>
+#include <exact.cuh>
+#include <slab.cuh>
+
+namespace flashmetric::cuda {
+
+template <class T>
+__device__ __forceinline__ T not_a_number() {
+  return static_cast<T>(__uint_as_float(0x7fc00000u));
+}
+
+// Whether any row of the problem is not finite. In every thread of the block.
+__device__ __forceinline__ bool any_row_bad(const SlabProblem& problem) {
+  bool found = false;
+  for (int t = static_cast<int>(threadIdx.x); t < problem.bad_count; t += kSlabThreads)
+    found = found || problem.bad[t] != 0;
+  return __syncthreads_or(found);
+}
+
+template <class T>
+class SlabRow {
+ public:
+  __device__ SlabRow(const SlabProblem& problem, int64_t row_of_slab)
+      : problem_(problem),
+        i_(problem.begin + row_of_slab),
+        label_(problem.x.labels[i_]),
+        norm_(static_cast<const T*>(problem.x.norms)[i_]) {}
+
+  __device__ int64_t number() const { return i_; }
+  __device__ int64_t m() const { return problem_.r.n; }
+  __device__ bool is_self(int64_t j) const { return problem_.self && j == i_; }
+  __device__ bool same(int64_t j) const { return problem_.r.labels[j] == label_; }
+  __device__ bool difference() const { return problem_.distance != Distance::kDot; }
+
+  __device__ T norm(int64_t j) const { return static_cast<const T*>(problem_.r.norms)[j]; }
+  // Zero rows are apart from all others in a cosine distance.
+  __device__ bool zero() const { return unit() && norm_ == T(0); }
+  __device__ bool apart(int64_t j) const { return unit() && (norm_ == T(0) || norm(j) == T(0)); }
+
+  // What row j adds to u; a zero row: u = 1 + 1 - 0.
+  __device__ T bias(int64_t j) const {
+    if (!difference()) return T(0);
+    return unit() && norm(j) == T(0) ? T(1) : norm(j);
+  }
+  // u from the inner product with row j.
+  __device__ T u(int64_t j, T product) const {
+    if (!difference()) return T(-2) * product;
+    return apart(j) ? T(2) : norm_ + norm(j) - T(2) * product;
+  }
+  // Below this u of a difference, products have lost its leading digits.
+  __device__ T near_below(int64_t j) const {
+    return static_cast<T>(kNearFraction) * (norm_ + norm(j));
+  }
+  __device__ T value(T u) const {
+    return with_distance(problem_.distance, [=](auto d) { return decltype(d)::value(u); });
+  }
+  // u by exact differences, by a warp.
+  __device__ T measure(int64_t j, int lane) const {
+    return exact_u(problem_.distance, x(), r(j), problem_.d, lane);
+  }
+  __device__ const T* x() const { return static_cast<const T*>(problem_.x.rows) + i_ * problem_.d; }
+  __device__ const T* r(int64_t j) const {
+    return static_cast<const T*>(problem_.r.rows) + j * problem_.d;
+  }
+
+ private:
+  __device__ bool unit() const { return problem_.distance == Distance::kCosine; }
+
+  const SlabProblem& problem_;
+  const int64_t i_, label_;
+  const T norm_;
+};
+
+}  // namespace flashmetric::cuda

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The slab engine: the matrix of inner products in slabs of rows that fit the second-level cache,
+// by ordinary matrix products, each followed by a kernel that uses it up. It serves float64 and
+// what the tile engine cannot, and it is a second opinion on the same device. Arguments, results
+// and rules are those of the ops of the same name. No call waits for the device.
+#pragma once
+
+#include <batch.h>
+
+#include <tuple>
+
+namespace flashmetric::cuda {
+
+// What multiplies. kLibrary: torch's product, under its switch for TF32 and its rules for
+// deterministic mode, except float64. kPlain: the kernel of slab_product.cu.
+enum class Multiply { kLibrary, kPlain };
+
+// Index [2, n] and distance [2, n]. `exact` measures every pair by exact differences.
+std::tuple<Tensor, Tensor> slab_hardest(const Tensor& query, const Tensor& query_labels,
+                                        const OptionalTensor& ref, const OptionalTensor& ref_labels,
+                                        Distance distance, bool exact,
+                                        Multiply multiply = Multiply::kLibrary);
+
+// Loss (0-d), slope [2, n] and scale (0-d) of what slab_hardest found.
+std::tuple<Tensor, Tensor, Tensor> triplet_finish(const Tensor& index, const Tensor& distance,
+                                                  const TripletRule<double>& rule);
+
+struct PairSumRule {
+  Distance distance;
+  Formula formula;
+  double pos_margin, neg_margin;
+};
+
+// Sums [2, n], counts [4, n], gradients [2, n, d] and [2, m, d].
+std::tuple<Tensor, Tensor, Tensor, Tensor> slab_pair_sum(
+    const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
+    const OptionalTensor& ref_labels, const PairSumRule& rule, bool with_grad, bool with_ref_grad,
+    Multiply multiply = Multiply::kLibrary);
+
+// Gradients of query and of ref, in their dtype.
+std::tuple<Tensor, Tensor> slab_pair_sum_backward(const Tensor& grad_sums, const Tensor& query,
+                                                  const Tensor& query_labels,
+                                                  const OptionalTensor& ref,
+                                                  const OptionalTensor& ref_labels,
+                                                  const PairSumRule& rule, bool with_ref_grad,
+                                                  Multiply multiply = Multiply::kLibrary);
+
+}  // namespace flashmetric::cuda

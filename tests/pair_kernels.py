@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the kernels for listed pairs and of the slab engine in the PTX interpreter."""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ptx_interpreter import Module, Struct, Uninitialised, launch, parse
+from ptx_interpreter.compile import CSRC, compile_ptx, find_nvcc
+
+DISTANCES = ("euclidean", "sqeuclidean", "cosine", "dot")
+
+# Name, number of the enum Scalar, part of a kernel's symbol, unit roundoff.
+DTYPES = {
+    "float16": (0, "6__half", 2.0**-11),
+    "bfloat16": (1, "13__nv_bfloat16", 2.0**-8),
+    "float32": (2, "f", 2.0**-24),
+    "float64": (3, "d", 2.0**-53),
+}
+
+
+@functools.cache
+def module(source: str) -> Module:
+    """The kernels of one file of csrc/cuda."""
+    text = compile_ptx(CSRC / "cuda" / source).read_text()
+    # log1p of float64 starts from a rough reciprocal and refines it: a better start does no harm.
+    return parse(text.replace("rcp.approx.ftz.f64", "rcp.rn.f64"))
+
+
+@functools.cache
+def plans() -> ctypes.CDLL:
+    """The launch numbers, from the functions that the launchers call."""
+    toolkit = Path(find_nvcc()).resolve().parents[1]
+    includes = [CSRC / "include", CSRC / "cuda", toolkit / "include", "/usr/local/cuda/include"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "plans.so"
+        shim = Path(__file__).with_name("cuda_pairs_shim.cpp")
+        flags = ["-std=c++17", "-shared", "-fPIC", *(f"-I{include}" for include in includes)]
+        subprocess.run(["g++", *flags, str(shim), "-o", str(out)], check=True)
+        return ctypes.CDLL(str(out))
+
+
+def plan(name: str, *arguments: int) -> list[int]:
+    """A launch plan of several numbers."""
+    out = (ctypes.c_int64 * 4)()
+    getattr(plans(), name)(*(ctypes.c_int64(a) for a in arguments), out)
+    return list(out)
+
+
+def number(name: str, *arguments: int) -> int:
+    """A launch plan of one number."""
+    function = getattr(plans(), name)
+    function.restype = ctypes.c_int64
+    return int(function(*(ctypes.c_int64(a) for a in arguments)))
+
+
+def encode(values: Any, dtype: str) -> np.ndarray:
+    """Rounds to ``dtype``; bfloat16 as its bits."""
+    values = np.ascontiguousarray(values, np.float64)
+    if dtype == "bfloat16":
+        return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+    return values.astype(dtype)
+
+
+def decode(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Back to float64."""
+    if dtype == "bfloat16":
+        return torch.from_numpy(array).view(torch.bfloat16).double().numpy()
+    return array.astype(np.float64)
+
+
+def accumulate(dtype: str) -> Any:
+    """The type of sums and distances."""
+    return np.float64 if dtype == "float64" else np.float32
+
+
+def distance_number(distance: str) -> np.int32:
+    """Its number in the enum Distance."""
+    return np.int32(DISTANCES.index(distance))
+
+
+def unwritten(shape: Any, dtype: Any) -> Uninitialised:
+    """Memory whose reading before writing is an error."""
+    return Uninitialised(np.empty(shape, dtype))
+
+
+def result(buffer: Uninitialised) -> np.ndarray:
+    """The array, all of which the kernel must have written."""
+    assert buffer.written.all(), f"{(buffer.written == 0).sum()} bytes were not written"
+    return buffer.array
+
+
+def run(
+    source: str, kernel: str, grid: Any, threads: int, arguments: Struct, seed: int = 0
+) -> None:
+    """Launches the kernel whose symbol holds ``kernel``."""
+    launch(module(source).find(kernel), [arguments], grid, threads, seed=seed)
