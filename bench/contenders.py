@@ -66,19 +66,32 @@ def flashmetric_hardest(margin: float) -> Loss:
     return lambda x, labels: torch.ops.flashmetric.hardest(x, labels, None, None, "euclidean")[1]
 
 
+def mined_distances(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mines on the Gram matrix without autograd, then recomputes the selected pairs.
+
+    Half precision is for the product and the N x N keys: the O(N D) rest is widened.
+    """
+    with torch.no_grad():
+        gram = x @ x.T
+        # |x|^2 of the anchor is constant along its row and cannot change the choice.
+        key = gram.diagonal() - 2 * gram  # [N, N]
+        same = labels[:, None] == labels[None, :]
+        positive = key.masked_fill(~same, float("-inf")).argmax(1)
+        negative = key.masked_fill(same, float("inf")).argmin(1)
+    x = x.float()
+    return (x - x[positive]).norm(dim=1), (x - x[negative]).norm(dim=1)
+
+
+def best_hardest(margin: float) -> Loss:
+    """The selected distances [2, N] of the best plain form."""
+    return lambda x, labels: torch.stack(mined_distances(x, labels))
+
+
 def best_triplet(margin: float) -> Loss:
-    """Mines on the Gram matrix without autograd, then recomputes the selected pairs."""
+    """The best plain form of the triplet loss: mining, then a loss over two distances per row."""
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            gram = x @ x.T
-            # |x|^2 of the anchor is constant along its row and cannot change the choice.
-            key = gram.diagonal() - 2 * gram  # [N, N]
-            same = labels[:, None] == labels[None, :]
-            positive = key.masked_fill(~same, float("-inf")).argmax(1)
-            negative = key.masked_fill(same, float("inf")).argmin(1)
-        to_positive = (x - x[positive]).norm(dim=1)
-        to_negative = (x - x[negative]).norm(dim=1)
+        to_positive, to_negative = mined_distances(x, labels)
         return torch.relu(to_positive - to_negative + margin).mean()
 
     return loss
@@ -106,7 +119,8 @@ def plain_contrastive(margin: float) -> Loss:
     def loss(x: Tensor, labels: Tensor) -> Tensor:
         norm = (x * x).sum(1)
         squared = torch.addmm(norm[:, None] + norm[None, :], x, x.T, alpha=-2)
-        distance = squared.clamp_min(1e-12).sqrt()
+        # float16 knows neither 1e-12 nor the sum of a million terms.
+        distance = squared.float().clamp_min(1e-12).sqrt()
         same = labels[:, None] == labels[None, :]
         positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
         pull = torch.where(positive, distance, 0.0)
@@ -134,6 +148,19 @@ def pml_triplet(margin: float) -> Loss:
     return lambda x, labels: function(x, labels, miner(x, labels))
 
 
+def pml_hardest(margin: float) -> Loss:
+    """pytorch-metric-learning: BatchHardMiner, then the distances [2, N] of what it selected."""
+    from pytorch_metric_learning import distances, miners
+
+    miner = miners.BatchHardMiner(distance=distances.LpDistance(normalize_embeddings=False))
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        anchor, positive, negative = miner(x, labels)
+        return torch.stack([(x[anchor] - x[i]).norm(dim=1) for i in (positive, negative)])
+
+    return loss
+
+
 def pml_contrastive(margin: float) -> Loss:
     """pytorch-metric-learning: ContrastiveLoss with its own reducer."""
     from pytorch_metric_learning import distances, losses
@@ -145,7 +172,10 @@ def pml_contrastive(margin: float) -> Loss:
 
 def sentence_transformers_triplet(margin: float) -> Loss:
     """sentence-transformers: the function inside BatchHardTripletLoss, without a model."""
-    from sentence_transformers.sentence_transformer.losses import BatchHardTripletLoss
+    try:
+        from sentence_transformers.sentence_transformer.losses import BatchHardTripletLoss
+    except ModuleNotFoundError:  # where earlier releases have it
+        from sentence_transformers.losses import BatchHardTripletLoss
 
     function = BatchHardTripletLoss(model=None, margin=margin)
     return lambda x, labels: function.batch_hard_triplet_loss(labels, x)

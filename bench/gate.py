@@ -93,34 +93,42 @@ def relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours.double() - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
-def judge(result: Tensor, grad: Tensor | None, expected: tuple[Tensor, Tensor | None]) -> Verdict:
+def judge(
+    result: Tensor,
+    grad: Tensor | None,
+    expected: tuple[Tensor, Tensor | None],
+    limits: tuple[float, float] = (LOSS_TOLERANCE, GRADIENT_TOLERANCE),
+) -> Verdict:
     """Compares a contender's result and gradient with the truth.
 
     Args:
         result: Its loss, or the distances that the bare operator selected.
         grad: Its gradient.
         expected: What ``truth`` returned.
+        limits: Largest relative errors of result and gradient.
 
     Returns:
         The verdict with both errors.
     """
     true_result, true_grad = expected
+    loss_limit, grad_limit = limits
     loss_error = relative(result, true_result)
-    text = f"loss error {loss_error:.1e} (limit {LOSS_TOLERANCE:.0e})"
-    passed = loss_error <= LOSS_TOLERANCE
+    text = f"loss error {loss_error:.1e} (limit {loss_limit:.0e})"
+    passed = loss_error <= loss_limit
     if true_grad is not None:
         grad_error = float("inf") if grad is None else relative(grad, true_grad)
-        passed = passed and grad_error <= GRADIENT_TOLERANCE
-        text += f", gradient error {grad_error:.1e} (limit {GRADIENT_TOLERANCE:.0e})"
+        passed = passed and grad_error <= grad_limit
+        text += f", gradient error {grad_error:.1e} (limit {grad_limit:.0e})"
     return Verdict(passed, text)
 
 
-def disagreement(value: dict, reference: dict) -> str:
+def disagreement(value: dict, reference: dict, tolerance: float = AGREEMENT_TOLERANCE) -> str:
     """Compares loss and gradient norm of two contenders at full size.
 
     Args:
         value: ``loss`` and ``grad_norm`` of a contender.
         reference: The same of the one it is held against.
+        tolerance: Largest relative difference.
 
     Returns:
         An empty string, or what differs.
@@ -129,6 +137,6 @@ def disagreement(value: dict, reference: dict) -> str:
         ours, theirs = value.get(key), reference.get(key)
         if ours is None or theirs is None:
             continue
-        if not abs(ours - theirs) <= AGREEMENT_TOLERANCE * max(abs(theirs), 1e-30):
+        if not abs(ours - theirs) <= tolerance * max(abs(theirs), 1e-30):
             return f"wrong at this size ({key} {ours:.6g}, expected {theirs:.6g})"
     return ""

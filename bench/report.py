@@ -23,10 +23,10 @@ def number(value: float | None) -> str:
     return f"{value:.{min(digits, 4)}f}"
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Writes one line per row, with the fields of Row as the columns."""
+def write_csv(path: Path, rows: Iterable[Row], kind: type = Row) -> None:
+    """Writes one line per row, with the fields of its dataclass as the columns."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         writer.writeheader()
         for row in rows:
             line = asdict(row)
