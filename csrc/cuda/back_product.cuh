@@ -58,11 +58,8 @@ class BackProduct<Shape, true> {
   }
 
   // Adds the block's weights times its columns. Bit b * 4 + e of `positives` says of which kind
-  // element e of block b is. All warps of the block call this; `between` is called by each of them
-  // after a barrier and before another.
-  template <class Between>
-  __device__ void multiply(const typename Sweep::Products& weights, uint32_t positives,
-                           Between&& between) {
+  // element e of block b is. All warps of the block call this; it has a barrier.
+  __device__ void multiply(const typename Sweep::Products& weights, uint32_t positives) {
     float largest[2][2] = {};
 #pragma unroll
     for (int b = 0; b < Shape::kColBlocks; ++b)
@@ -92,7 +89,6 @@ class BackProduct<Shape, true> {
         __syncthreads();
         multiply_kind(kind);
       }
-      if (kind == 0) between();
     }
   }
 
@@ -100,24 +96,29 @@ class BackProduct<Shape, true> {
   // Called by the four lanes of that row, in every column warp.
   template <class S>
   __device__ void add_exact(int row, bool positive, float h, const S* x, const S* r, int64_t d) {
+    float weight[2][2];
 #pragma unroll
-    for (int kind = 0; kind < 2; ++kind) {
-      if (positive != (kind == 0)) continue;
+    for (int kind = 0; kind < 2; ++kind)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        if (k != row) continue;
-        if (factor_[kind][k] == 0.0f) factor_[kind][k] = kUnfitted;
-        const float weight = h * fabsf(factor_[kind][k]);
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int f = first_feature() + b * 8 + e;
-            if (f < feature_end(d))
-              out_[kind][b][k * 2 + e] -= weight * (float(x[f]) - float(r[f]));
-          }
+        const bool here = k == row && positive == (kind == 0);
+        float& factor = factor_[kind][k];
+        if (here && factor == 0.0f) factor = kUnfitted;
+        weight[kind][k] = here ? h * fabsf(factor) : 0.0f;
       }
-    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int f = first_feature() + b * 8 + e;
+        if (f >= feature_end(d)) continue;
+        asm volatile("" ::: "memory");  // or all features are loaded at once, into registers
+        const float difference = float(x[f]) - float(r[f]);
+#pragma unroll
+        for (int kind = 0; kind < 2; ++kind)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) out_[kind][b][k * 2 + e] -= weight[kind][k] * difference;
+      }
   }
 
   // Element e % 2 of block b is of feature first_feature() + b * 8 + e % 2, if that is less than
@@ -152,7 +153,8 @@ class BackProduct<Shape, true> {
     }
   }
 
-  // Which pairs of a warp are near: written before multiply, read in `between`.
+  // Which pairs of a warp are near: written before multiply, read after it. The sweep's next
+  // barrier comes before the next tile's.
   __device__ uint32_t* near_of(int column_warp) const {
     const int warp = sweep_.warp_row() / Shape::kWarpRows + column_warp * Shape::kRowWarps;
     return reinterpret_cast<uint32_t*>(shared_ + Layout::kNear) + warp * kWarp;

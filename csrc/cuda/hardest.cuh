@@ -45,7 +45,7 @@ class HardestRows {
   static constexpr int kRowBlocks = Shape::kRowBlocks;
   static constexpr int kColBlocks = Shape::kColBlocks;
   static constexpr int kColumns = kColBlocks * 2;  // of one thread
-  static constexpr int kGroup = 4;                 // as many of them at a time: registers
+  static constexpr int kGroup = 2;                 // as many of them at a time: registers
 
   __device__ HardestRows(const HardestArgs& args, const Sweep& sweep, int row_tile)
       : args_(args), sweep_(sweep), row_tile_(row_tile) {
@@ -122,8 +122,8 @@ class HardestRows {
     return sweep_.warp_col() + c / 2 * 8 + acc_col(sweep_.lane(), c % 2);
   }
 
-  // Eight lanes share each column. Halving the columns at every exchange leaves each pair of lanes
-  // with one.
+  // Eight lanes share each column. The first exchanges halve their number of columns, down to one;
+  // the others find the best of the lanes that have the same one left.
   __device__ void flush_columns(const Best (&column)[2][kGroup], int first_row, int col0,
                                 int first) const {
     const int64_t padded = round_up(args_.problem.query.n, kRowPadding);
@@ -146,8 +146,11 @@ class HardestRows {
           keys[c] = got < keep ? got : keep;
         }
       }
-      const uint64_t key = lane_min(keys[0], 4);
-      if ((sweep_.lane() & 4) == 0 && key != kNoKey)
+      uint64_t key = keys[0];
+#pragma unroll
+      for (int mask = 16 / kGroup; mask >= 4; mask /= 2) key = lane_min(key, mask);
+      constexpr int kOthers = 32 / kGroup - 4;  // lanes that hold the same key
+      if ((sweep_.lane() & kOthers) == 0 && key != kNoKey)
         atomicMin(reinterpret_cast<unsigned long long*>(args_.keys) + kind * padded + col0 +
                       local_col(mine),
                   static_cast<unsigned long long>(key));

@@ -53,11 +53,10 @@ class PairSumRows {
     }
     if constexpr (kGrad) {
       back_.near_of(sweep_.warp_col() / Shape::kWarpCols)[sweep_.lane()] = near;
+      back_.multiply(products, positives);
       // Each column warp has a part of the features of every near pair, its own or not.
-      back_.multiply(products, positives, [&] {
-        for (int w = 0; w < Shape::kColWarps; ++w)
-          measure_all(back_.near_of(w)[sweep_.lane()], w * Shape::kWarpCols, col0);
-      });
+      for (int w = 0; w < Shape::kColWarps; ++w)
+        measure_all(back_.near_of(w)[sweep_.lane()], w * Shape::kWarpCols, col0);
     } else {
       measure_all(near, sweep_.warp_col(), col0);
     }
