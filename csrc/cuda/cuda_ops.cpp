@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_ops.h>
+#include <flashmetric/cuda_kernels.h>
 #include <flashmetric/cuda_status.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -67,9 +68,14 @@ const DeviceLimits& device_limits(const Tensor& tensor) {
       check_launch(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
       return value;
     };
-    limits[device] = {attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
-                          attribute(cudaDevAttrComputeCapabilityMinor),
-                      attribute(cudaDevAttrMultiProcessorCount),
+    int arch = 0;
+    const cudaError_t error = compiled_arch(&arch);
+    STD_TORCH_CHECK(error == cudaSuccess,
+                    "flashmetric was not built for GPUs of compute capability ",
+                    attribute(cudaDevAttrComputeCapabilityMajor), ".",
+                    attribute(cudaDevAttrComputeCapabilityMinor),
+                    ": build it with FLASHMETRIC_CUDA_ARCHS (", cudaGetErrorString(error), ")");
+    limits[device] = {arch, attribute(cudaDevAttrMultiProcessorCount),
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   });

@@ -24,7 +24,7 @@ Engine engine();
 // The stream that torch works on now, on the device of `tensor`.
 cudaStream_t current_stream(const Tensor& tensor);
 
-// Of the device of `tensor`; asked once per device.
+// Of the device of `tensor`, which is the current one; asked once per device.
 const DeviceLimits& device_limits(const Tensor& tensor);
 
 // Throws if a launch failed.

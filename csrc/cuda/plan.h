@@ -10,7 +10,7 @@ namespace flashmetric::cuda {
 
 // What a decision depends on besides the problem.
 struct DeviceLimits {
-  int arch;            // compute capability, 90 for 9.0
+  int arch;            // what the kernels are compiled for, 90 for 9.0
   int sms;             // multiprocessors
   int smem_per_block;  // bytes that one block may ask for
   int smem_per_sm;     // bytes of all blocks of a multiprocessor

@@ -104,4 +104,12 @@ cudaError_t prepare(const PrepareArgs& args, int grid, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+cudaError_t compiled_arch(int* arch) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare_kernel);
+  // The virtual architecture is what __CUDA_ARCH__ was, also where a machine code was made of it.
+  *arch = attributes.ptxVersion;
+  return error;
+}
+
 }  // namespace flashmetric::cuda

@@ -60,6 +60,10 @@ struct PrepareArgs {
 };
 cudaError_t prepare(const PrepareArgs& args, int grid, cudaStream_t stream);
 
+// The architecture that the current device's kernels were compiled for, 80 for 8.0. It can be an
+// older one than the device's, with other shapes of tiles.
+cudaError_t compiled_arch(int* arch);
+
 // The reduction of triplet losses, fused into the end of the search; `loss` null: not wanted.
 struct TripletArgs {
   float* loss;    // 0-d
