@@ -42,6 +42,7 @@ class BackProduct<Shape, true> {
   // A factor of 1 that no weight was fitted to: there are exact contributions only, whose weights
   // say nothing of the others'.
   static constexpr float kUnfitted = -1.0f;
+  static constexpr int kMostWithExact = 40;
 
   // `shared`: Layout::kBytes of the block.
   __device__ BackProduct(const Sweep& sweep, FeaturePart part, char* shared)
@@ -180,9 +181,11 @@ class BackProduct<Shape, true> {
       const float old = factor_[kind][k], undo = inverse(kind, k);
       change[k] = 1.0f;
       if (largest > 0.0f && (old <= 0.0f || largest * old > kLimit)) {
-        const int exponent = prescale_exponent(__float_as_uint(largest));
-        factor_[kind][k] =
-            __uint_as_float(power_of_two_bits(exponent - kTopExponent + kFirstExponent));
+        const int wanted =
+            prescale_exponent(__float_as_uint(largest)) - kTopExponent + kFirstExponent;
+        // Exact contributions must not overflow on behalf of weights that vanish beside them.
+        const int exponent = old < 0.0f && wanted > kMostWithExact ? kMostWithExact : wanted;
+        factor_[kind][k] = __uint_as_float(power_of_two_bits(exponent));
         change[k] = factor_[kind][k] * undo;
         changed = true;
       }

@@ -16,8 +16,11 @@ struct Found {
   float u;
 };
 
-// Whether prepare saw a row whose distances are not finite. In every thread of the block.
-__device__ __forceinline__ bool any_bad(const uint32_t* bad, int count) {
+// Whether prepare saw a row whose distances are not finite, and there are distances. In every
+// thread of the block.
+__device__ __forceinline__ bool any_bad(const PairProblem& problem, const uint32_t* bad,
+                                        int count) {
+  if (problem.ref.n <= (problem.self ? 1 : 0)) count = 0;
   bool found = false;
   for (int t = static_cast<int>(threadIdx.x); t < count; t += static_cast<int>(blockDim.x))
     found = found || bad[t] != 0;
@@ -161,9 +164,9 @@ __device__ void reduce_triplets(const TripletArgs& triplet, bool poisoned, const
     triplet.kept[blockIdx.x] = block.counted;
     __threadfence();  // the sums are there before the count says so
     last = atomicAdd(triplet.counter, 1u) == gridDim.x - 1;
+    __threadfence();  // what other blocks wrote is there for all threads after the barrier
   }
   if (!__syncthreads_or(last)) return;
-  __threadfence();
   TripletSum own;
   for (int64_t b = thread; b < gridDim.x; b += kThreads) {
     // Not through the first-level cache, which other blocks' writes do not reach.

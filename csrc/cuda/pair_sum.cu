@@ -95,7 +95,9 @@ __device__ void write_gradient(const PairSumArgs& args, const Rows& rows, int ro
       with_scalar(problem.scalar, [&](auto type) {
         using S = decltype(type);
         const float x = float(static_cast<const S*>(problem.query.data)[at]);
-        float grad = 2.0f * ((difference ? weight * x : 0.0f) - tile[local * kStride + f]);
+        // No weight, no product: without any pair x may be NaN.
+        const float own = difference && weight != 0.0f ? weight * x : 0.0f;
+        float grad = 2.0f * (own - tile[local * kStride + f]);
         if (poisoned) grad = __uint_as_float(0x7fc00000u);
         if (separate) {
           args.grad[kind * n * d + at] = grad;
@@ -125,8 +127,7 @@ __global__ void __launch_bounds__(ShapesHere<kPlanes>::Sum::kThreads, 1)
   // The stages are free now.
   RowTotal* totals = reinterpret_cast<RowTotal*>(smem);
   const int column_warp = sweep.warp_col() / Shape::kWarpCols;
-  const bool has_pairs = problem.self ? problem.query.n > 1 : problem.ref.n > 0;
-  const bool poisoned = any_bad(args.bad, args.bad_count) && has_pairs;
+  const bool poisoned = any_bad(problem, args.bad, args.bad_count);
   merge_rows<Shape>(rows, column_warp, sweep.lane(), totals);
   const int row0 = row_tile * Shape::kRows;
   if (args.sums != nullptr && blockIdx.y == 0) {

@@ -12,19 +12,29 @@ namespace flashmetric::cuda {
 
 // Statistics of the two rows that a thread has a share of; positives are kind 0, negatives kind 1.
 struct PairRowSums {
-  double sum[2][2] = {};  // [kind][row]
+  double sum[2][2] = {};    // [kind][row]
+  float recent[2][2] = {};  // not yet in `sum`: many devices have few units for double
   int active[2][2] = {};
   int positives[2] = {};
   float weight[2][2] = {};  // sum of the weights h
 
   __device__ __forceinline__ void add(int row, bool same, float loss, float h) {
     // Not indexed by `same`: registers have no addresses.
-    sum[0][row] += same ? double(loss) : 0.0;
-    sum[1][row] += same ? 0.0 : double(loss);
+    recent[0][row] += same ? loss : 0.0f;
+    recent[1][row] += same ? 0.0f : loss;
     active[0][row] += same && loss > 0.0f;
     active[1][row] += !same && loss > 0.0f;
     weight[0][row] += same ? h : 0.0f;
     weight[1][row] += same ? 0.0f : h;
+  }
+
+  // After every tile.
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      sum[t / 2][t % 2] += double(recent[t / 2][t % 2]);
+      recent[t / 2][t % 2] = 0.0f;
+    }
   }
 };
 
@@ -60,6 +70,7 @@ class PairSumRows {
     } else {
       measure_all(near, sweep_.warp_col(), col0);
     }
+    sums.settle();
   }
 
   PairRowSums sums;
@@ -81,24 +92,31 @@ class PairSumRows {
 
   // Replaces the products by u, and says whether any pair of the warp's tile can have a loss.
   __device__ bool interesting(typename Sweep::Products& products, int col0) {
-    // Beyond this u a negative has none.
+    // Beyond this u a negative has none, if its u can be trusted.
     const float bound = with_distance(
         args_.problem.distance, [&](auto d) { return decltype(d)::inverse(args_.margin[1]); });
+    const bool difference = args_.problem.distance != Distance::kDot;
     bool any = false;
-    RowMeta own[2] = {sweep_.row_meta(local_row(0)), sweep_.row_meta(local_row(1))};
 #pragma unroll
-    for (int b = 0; b < kColBlocks; ++b)
+    for (int k = 0; k < 2; ++k) {
+      const RowMeta own = sweep_.row_meta(local_row(k));
+      const bool there = row0_ + local_row(k) < args_.problem.query.n;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int b = 0; b < kColBlocks; ++b) {
         // Keeps later loads from being moved up here, where registers are short.
-        if (e == 0) asm volatile("" ::: "memory");
-        const int c = column(b, e);
-        const RowMeta other = sweep_.col_meta(c);
-        const bool same = own[e / 2].label == other.label;
-        float& u = products.v[0][b][e];
-        u = u_of(u, own[e / 2], other);
-        any = any || u < bound || (same && col0 + c < args_.problem.ref.n);
+        asm volatile("" ::: "memory");
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = column(b, e);
+          const RowMeta other = sweep_.col_meta(c);
+          float& u = products.v[0][b][k * 2 + e];
+          u = u_of(u, own, other);
+          const bool close = difference && u < kNearFraction * (own.bias + other.bias);
+          const bool same = there && own.label == other.label && col0 + c < args_.problem.ref.n;
+          any = any || u < bound || close || same;
+        }
       }
+    }
     return __any_sync(kAllLanes, any);
   }
 

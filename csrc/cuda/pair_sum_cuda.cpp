@@ -102,6 +102,7 @@ std::tuple<Tensor, Tensor> pair_sum_backward_cuda(
   const int64_t n = query.size(0), d = query.size(1);
   STD_TORCH_CHECK(grad_sums.dim() == 2 && grad_sums.size(0) == 2 && grad_sums.size(1) == n,
                   "grad_sums: shape [2, ", n, "] expected");
+  check_device(grad_sums, query, "grad_sums");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const PairSumRule rule{parse_distance(distance), parse_formula(formula), pos_margin, neg_margin};
   const int planes = plane_count(query);

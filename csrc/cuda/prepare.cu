@@ -59,7 +59,8 @@ __device__ bool prepare_row(const PrepareArgs& args, const TileRows& out, const 
   norm = warp_sum(norm);
 
   const Distance distance = args.problem.distance;
-  const bool zero = norm == 0.0f;
+  // Of a unit row that is not to have length zero: the norm of a short row can underflow.
+  const bool zero = distance == Distance::kCosine ? norm == 0.0f : largest == 0.0f;
   float bias = distance == Distance::kDot ? 0.0f : norm;
   // A zero row is at cosine distance 1 from every unit row: u = 1 + 1 - 0.
   if (distance == Distance::kCosine && zero) bias = 1.0f;

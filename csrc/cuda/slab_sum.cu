@@ -201,7 +201,10 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_sum_finish_kernel(const 
       static_cast<double>(static_cast<const T*>(args.pulled[kind])[slab_row * d + k]);
   const double own = row.difference() ? weight * static_cast<double>(row.x()[k]) : 0.0;
   total += static_cast<T>(own - pulled);
-  if (poisoned && m > (args.problem.self ? 1 : 0)) total = not_a_number<T>();
+  // Without any pair rows that are not finite show nowhere, not in products with zeros either.
+  const bool has_pairs = m > (args.problem.self ? 1 : 0);
+  if (!has_pairs) total = T(0);
+  if (poisoned && has_pairs) total = not_a_number<T>();
   static_cast<S*>(args.grad)[(kind * n + row.number()) * d + k] = static_cast<S>(total);
 }
 

@@ -14,7 +14,9 @@ def _float32_is_exact() -> bool:
     An op, because the library's stable interface to torch does not show the switch, and because an
     argument of the other ops would be frozen into compiled graphs.
     """
-    return torch.get_float32_matmul_precision() == "highest"
+    # The newer of torch's two switches shows what the older one chose, too; the older one raises
+    # once the newer has been used.
+    return str(torch.backends.cuda.matmul.fp32_precision) in ("ieee", "none")
 
 
 library.impl("_float32_is_exact", _float32_is_exact, "CompositeExplicitAutograd")
