@@ -60,7 +60,7 @@ __device__ bool prepare_row(const PrepareArgs& args, const TileRows& out, const 
 
   const Distance distance = args.problem.distance;
   // Of a unit row that is not to have length zero: the norm of a short row can underflow.
-  const bool zero = distance == Distance::kCosine ? norm == 0.0f : largest == 0.0f;
+  const bool zero = (distance == Distance::kCosine ? norm : largest) == 0.0f;
   float bias = distance == Distance::kDot ? 0.0f : norm;
   // A zero row is at cosine distance 1 from every unit row: u = 1 + 1 - 0.
   if (distance == Distance::kCosine && zero) bias = 1.0f;
@@ -71,7 +71,7 @@ __device__ bool prepare_row(const PrepareArgs& args, const TileRows& out, const 
   return !isfinite(4.0f * norm);
 }
 
-__global__ void __launch_bounds__(kRowWarps* kWarp) prepare_kernel(const PrepareArgs args) {
+__global__ void __launch_bounds__(kRowWarps* kWarp, 8) prepare_kernel(const PrepareArgs args) {
   const PairProblem& problem = args.problem;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warp = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp;
