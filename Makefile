@@ -8,7 +8,7 @@ demo:
 	@py=$$(scripts/bootstrap.sh demo) && "$$py" -m flashmetric train $(ARGS)
 
 test:
-	@py=$$(scripts/bootstrap.sh test) && "$$py" -m pytest -q $(ARGS)
+	@py=$$(scripts/bootstrap.sh test cuda-checks) && "$$py" -m pytest -q $(ARGS)
 
 bench:
 	@py=$$(scripts/bootstrap.sh test) && "$$py" -m bench $(ARGS)

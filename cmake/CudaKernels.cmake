@@ -65,6 +65,8 @@ function(flashmetric_add_cuda_kernels target family)
   add_library(${_objects} OBJECT ${arg_SOURCES})
   set_target_properties(${_objects} PROPERTIES CUDA_ARCHITECTURES "${arg_ARCHS}")
   target_include_directories(${_objects} PRIVATE csrc/include csrc/cuda)
+  # Spills are warnings, and errors with FLASHMETRIC_WERROR.
+  target_compile_options(${_objects} PRIVATE -Xptxas=-warn-spills,-warn-lmem-usage)
   # Line tables quadruple the object files, so only profiling builds carry them.
   target_compile_options(${_objects} PRIVATE --expt-relaxed-constexpr -Xfatbin=-compress-all
     $<$<CONFIG:RelWithDebInfo>:-lineinfo>)

@@ -154,7 +154,7 @@ class PairSumRows {
           const float z = same ? d - args_.margin[0] : args_.margin[1] - d;
           if (kGrad && !(D::kUnitRows && (own.scale == 0.0f || other.scale == 0.0f))) {
             h = F::slope(z) * D::slope(d);
-            if (h != 0.0f) h *= same ? share_of(i, j, true) : -share_of(i, j, false);
+            if (h != 0.0f) h *= share_of(i, j, same) * (same ? 1.0f : -1.0f);
           }
           sums.add(row, same, F::value(z), h);
         }
@@ -201,7 +201,7 @@ class PairSumRows {
             with_formula(args_.formula, [&](auto f) { return decltype(f)::slope(z); }) *
             with_distance(args_.problem.distance, [&](auto f) { return decltype(f)::slope(d); });
         if (h == 0.0f) return;
-        h *= same ? share_of(i, j, true) : -share_of(i, j, false);
+        h *= share_of(i, j, same) * (same ? 1.0f : -1.0f);
         if (sweep_.lane() / 4 == lane / 4) back_.add_exact(row, same, h, x, r, args_.problem.d);
       }
     });
