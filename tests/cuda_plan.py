@@ -41,8 +41,6 @@ ADA = DeviceLimits(89, 128, 101376, 102400)
 TURING = DeviceLimits(75, 40, 65536, 65536)
 
 
-
-
 def compile_shim(source: Path) -> ctypes.CDLL:
     """Compile a C++ shim over the headers of csrc with the host compiler, once per content."""
     headers = sorted((ROOT / "csrc").rglob("*.h"))

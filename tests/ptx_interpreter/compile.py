@@ -31,34 +31,40 @@ def find_nvcc() -> str:
 
 
 def compile_ptx(
-    source: Path, *, arch: str = "sm_80", defines: Iterable[str] = (), include: Iterable[Path] = ()
+    source: Path,
+    *,
+    arch: str = "sm_80",
+    defines: Iterable[str] = (),
+    include: Iterable[Path] = (),
+    root: Path = CSRC,
 ) -> Path:
     """The PTX that nvcc makes of ``source``, for ``parse``.
 
     Args:
-        source: A .cu file. csrc/include and csrc/cuda are on its include path.
+        source: A .cu file. include and cuda of ``root`` are on its include path.
         arch: The architecture, such as ``sm_80``.
         defines: Macros, ``"NAME"`` or ``"NAME=value"``.
         include: Further include folders.
+        root: The sources, or a changed copy of them.
 
     Raises:
         RuntimeError: If there is no nvcc, or it refuses the source.
     """
-    return _compile(source, "ptx", arch, defines, include)
+    return _compile(source, "ptx", arch, defines, include, root)
 
 
 def compile_cubin(
     source: Path, *, arch: str, defines: Iterable[str] = (), include: Iterable[Path] = ()
 ) -> Path:
     """The same as machine code, for ``driver.Device``."""
-    return _compile(source, "cubin", arch, defines, include)
+    return _compile(source, "cubin", arch, defines, include, CSRC)
 
 
 def _compile(
-    source: Path, kind: str, arch: str, defines: Iterable[str], include: Iterable[Path]
+    source: Path, kind: str, arch: str, defines: Iterable[str], include: Iterable[Path], root: Path
 ) -> Path:
     nvcc = find_nvcc()
-    folders = [*include, CSRC / "include", CSRC / "cuda"]
+    folders = [*include, root / "include", root / "cuda"]
     options = [
         *FLAGS,
         f"-{kind}",
@@ -69,10 +75,11 @@ def _compile(
     digest = hashlib.sha256()
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     for text in (version.stdout, *options, source.name):
-        digest.update(text.encode() + b"\0")
-    headers = {path for folder in [*folders, CSRC, source.parent] for path in folder.rglob("*")}
+        # Copies of the sources with the same contents share a result.
+        digest.update(text.replace(str(root), "").encode() + b"\0")
+    headers = {path for folder in [*folders, root, source.parent] for path in folder.rglob("*")}
     for path in sorted(path for path in headers | {source} if path.suffix in SUFFIXES):
-        digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(str(path).replace(str(root), "").encode() + b"\0" + path.read_bytes() + b"\0")
     cache = Path(os.environ.get("FLASHMETRIC_PTX_CACHE") or ROOT / "build" / "ptx")
     cache.mkdir(parents=True, exist_ok=True)
     result = cache / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}.{kind}"

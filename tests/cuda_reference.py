@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tile engine's kernels must compute, in float64, and how far rounding may take them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuda_batch import Batch, bfloat16, widen
+
+Array = NDArray[Any]
+EPS = 2.0**-23
+TINY = 2.0**-149
+NEAR = 1 / 1024
+# Errors of the planes: two carry 22 bits; a weight of one plane is rounded to half precision.
+WEIGHT_EPS = {1: 2.0**-10, 2: 2.0**-20}
+
+
+def encode(x: Array, dtype: str) -> Array:
+    """Rows of a dtype, bfloat16 as uint16."""
+    return bfloat16(x) if dtype == "bfloat16" else np.ascontiguousarray(x, dtype)
+
+
+def unit(x: Array) -> Array:
+    """Rows of length 1; zero rows stay."""
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm == 0, 1, norm)
+
+
+def value_of(u: Array, distance: str) -> Array:
+    """The distance, as formula.h has it."""
+    if distance == "dot":
+        return 0.5 * u
+    u = np.maximum(u, 0)
+    return {"euclidean": np.sqrt(u), "sqeuclidean": u, "cosine": 0.5 * u}[distance]
+
+
+def slope_of(value: Array, distance: str) -> Array:
+    """Derivative of the distance in u."""
+    if distance == "euclidean":
+        return np.where(value == 0, 0, 0.5 / np.where(value == 0, 1, value))
+    return np.full_like(value, 1.0 if distance == "sqeuclidean" else 0.5)
+
+
+class Pairs:
+    """All pairs of a batch; ``operand_eps``: what rounding the operands costs u."""
+
+    def __init__(self, batch: Batch, operand_eps: float = 0.0) -> None:
+        self.distance = batch.distance
+        self.x, self.r = widen(batch.query.rows), widen(batch.ref.rows)
+        self.same = batch.query.labels[:, None] == batch.ref.labels[None]
+        own = np.eye(*self.same.shape, dtype=bool) & batch.alone
+        self.kinds = [self.same & ~own, ~self.same]
+        a, b = (self.x**2).sum(1), (self.r**2).sum(1)
+        size = a[:, None] + b[None]
+        steps = 4 + batch.d / 64
+        if self.distance == "dot":
+            self.u = -2 * self.x @ self.r.T
+            near = np.zeros_like(self.same)
+            self.exact_error = steps * EPS * np.abs(self.x) @ np.abs(self.r.T)
+        else:
+            self.u = np.stack([((row - self.r) ** 2).sum(1) for row in self.x])
+            near = self.u < NEAR / 2 * size
+            self.exact_error = steps * EPS * self.u
+        self.flat = np.zeros_like(self.same)
+        if self.distance == "cosine":
+            self.flat = (a == 0)[:, None] | (b == 0)[None]
+            self.u[self.flat] = 2
+        floor = (batch.d + 4) * TINY
+        self.exact_error = self.exact_error + floor
+        gram_error = (4 * EPS + operand_eps) * size + floor
+        # A zero row is at distance 1 from unit rows, which rounding has left not quite so long.
+        length = np.abs(np.where(a == 0, 1, a) - 1)[:, None] + np.abs(np.where(b == 0, 1, b) - 1)
+        gram_error += np.where(self.flat, length + 8 * EPS, 0)
+        self.near = near
+        self.error = np.where(near, self.exact_error, gram_error)
+        self.key_error = gram_error
+
+    @property
+    def value(self) -> Array:
+        return value_of(self.u, self.distance)
+
+
+def check_hardest(batch: Batch, out: dict[str, Array], **options: Any) -> None:
+    """The pairs found are hardest but for rounding, and their distances are exact."""
+    exact = options.pop("exact", False)
+    pairs = Pairs(batch, **options)
+    rows = np.arange(batch.n)
+    for kind, mask in enumerate(pairs.kinds):
+        index, distance = out["index"][kind], out["distance"][kind]
+        some = mask.any(1)
+        np.testing.assert_array_equal(index >= 0, some)
+        assert (index[~some] == -1).all() and (distance[~some] == 0).all()
+        i, j = rows[some], index[some]
+        assert (j < batch.m).all() and mask[i, j].all()
+        if batch.m == 0:
+            continue
+        sign = 1 if kind else -1
+        best = np.where(mask, sign * pairs.u, np.inf).argmin(1)[some]
+        both_near = pairs.near[i, j] & pairs.near[i, best]
+        allowed = np.where(
+            both_near | exact,
+            pairs.exact_error[i, j] + pairs.exact_error[i, best],
+            pairs.key_error[i, j] + pairs.key_error[i, best],
+        )
+        loss = sign * (pairs.u[i, j] - pairs.u[i, best])
+        assert (loss <= allowed).all(), (kind, i[loss > allowed], loss[loss > allowed])
+        low = value_of(pairs.u - pairs.exact_error, batch.distance)[i, j]
+        high = value_of(pairs.u + pairs.exact_error, batch.distance)[i, j]
+        slack = EPS * np.abs(high)
+        ours = distance[some].astype(np.float64)
+        assert ((ours >= low - slack) & (ours <= high + slack)).all()
+
+
+def lowest_hardest(batch: Batch) -> Array:
+    """The indices where all keys are exact: the lowest among equals."""
+    pairs = Pairs(batch)
+    positives, negatives = pairs.kinds
+    return np.stack(
+        [
+            np.where(positives.any(1), np.where(positives, pairs.value, -np.inf).argmax(1), -1),
+            np.where(negatives.any(1), np.where(negatives, pairs.value, np.inf).argmin(1), -1),
+        ]
+    )
+
+
+def check_triplets(out: dict[str, Array], rule: dict[str, Any]) -> None:
+    """Loss, slope and scale follow from the pairs found."""
+    d_ap, d_an = out["distance"].astype(np.float64)
+    has_positive, has_negative = out["index"] >= 0
+    margin, keep = float(np.float32(rule["margin"])), rule.get("keep", False)
+    moving = has_negative & (has_positive | keep)
+    v = np.where(moving, d_ap - d_an + margin, margin)
+    smooth = rule.get("smooth", False)
+    loss = np.where(moving | keep, np.logaddexp(0, v) if smooth else np.maximum(v, 0), 0)
+    slope = np.where(moving, 1 / (1 + np.exp(-v)) if smooth else v > 0, 0)
+    reduction = rule.get("reduction", "mean")
+    counted = (loss > 0) if reduction == "mean_nonzero" else moving | keep
+    divisor = 1 if reduction == "sum" else max(1, counted.sum())
+    np.testing.assert_allclose(out["slope"], np.stack([slope, -slope]), rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(out["scale"], [1 / divisor], rtol=1e-7)
+    np.testing.assert_allclose(out["loss"], [loss.sum() / divisor], rtol=2e-6, atol=1e-7)
+
+
+@dataclass
+class PairSum:
+    """Sums over all pairs, with the errors allowed."""
+
+    sums: Array
+    sums_error: Array
+    counts: Array
+    least_active: Array
+    most_active: Array
+    grad: Array
+    grad_error: Array
+
+
+def pair_sum(
+    batch: Batch,
+    formula: str,
+    margins: tuple[float, float],
+    weight: Array | None = None,
+    weight_by_ref: bool = False,
+    **options: Any,
+) -> PairSum:
+    """Both kinds' sums, counts and gradients."""
+    pairs = Pairs(batch, **options)
+    value = pairs.value
+    value_error = value_of(pairs.u + pairs.error, batch.distance) - value + 2 * EPS * np.abs(value)
+    value_error = np.maximum(value_error, value - value_of(pairs.u - pairs.error, batch.distance))
+    slope = slope_of(value, batch.distance)
+    slope_error = 2 * EPS * slope
+    if batch.distance == "euclidean":
+        slope_error = slope * np.minimum(1, 2 * value_error / np.where(value == 0, 1, value))
+    hinge = formula == "hinge"
+    results: list[list[Array]] = []
+    for kind, mask in enumerate(pairs.kinds):
+        margin = float(np.float32(margins[kind]))
+        z = value - margin if kind == 0 else margin - value
+        z_error = value_error + EPS * abs(margin)
+        z_plus, most = np.maximum(z, 0), np.maximum(z + z_error, 0)
+        loss = z_plus if hinge else z_plus**2
+        loss_error = (
+            (z + z_error > 0) * z_error * (1 if hinge else 2 * most) + 2 * EPS * loss + TINY
+        )
+        rate = (z > 0) * 1.0 if hinge else 2 * z_plus
+        rate_error = (np.abs(z) <= z_error) * 1.0 if hinge else (z + z_error > 0) * 2 * z_error
+        share = share_of(batch, weight, weight_by_ref, kind)
+        sign = 1 if kind == 0 else -1
+        h = sign * rate * slope * share * ~pairs.flat * mask
+        h_error = (
+            (rate_error * (slope + slope_error) + rate * slope_error) * np.abs(share)
+            + 4 * EPS * np.abs(h)
+        ) * mask
+        if batch.distance == "dot":
+            grad, spread = -2 * h @ pairs.r, 2 * h_error @ np.abs(pairs.r)
+        else:
+            grad = 2 * (h.sum(1)[:, None] * pairs.x - h @ pairs.r)
+            spread = np.stack(
+                [2 * e @ np.abs(x - pairs.r) for e, x in zip(h_error, pairs.x, strict=True)]
+            )
+        # Of the sums, and of the weights' planes: in proportion to the largest of a row.
+        largest = np.abs(pairs.x).max(1, initial=0)[:, None] + np.abs(pairs.r).max(1, initial=0)
+        spread += WEIGHT_EPS[batch.planes] * ((np.abs(h) + h_error) * largest).sum(1)[:, None]
+        results.append(
+            [
+                (loss * mask).sum(1),
+                (loss_error * mask).sum(1) + 4 * EPS * (loss * mask).sum(1),
+                mask.sum(1),
+                ((z > z_error + (0 if hinge else TINY**0.5)) & mask).sum(1),
+                ((z > -z_error) & mask).sum(1),
+                grad,
+                spread,
+            ]
+        )
+    return PairSum(*(np.stack(both) for both in zip(*results, strict=True)))
+
+
+def share_of(batch: Batch, weight: Array | None, by_ref: bool, kind: int) -> Array:
+    """How much of a pair's loss its query row takes part in."""
+    shape = (batch.n, batch.m)
+    if weight is None:
+        return np.full(shape, 2.0 if batch.alone else 1.0)
+    w = weight[kind].astype(np.float64)
+    if by_ref:
+        return np.broadcast_to(w[None], shape)
+    return w[:, None] + w[None] if batch.alone else np.broadcast_to(w[:, None], shape)
+
+
+def check_pair_sum(
+    batch: Batch,
+    out: dict[str, Array],
+    formula: str,
+    margins: tuple[float, float],
+    **options: Any,
+) -> None:
+    """Sums, counts and gradients are right but for rounding."""
+    expected = pair_sum(batch, formula, margins, **options)
+    if "sums" in out:
+        assert (np.abs(out["sums"] - expected.sums) <= expected.sums_error).all()
+        np.testing.assert_array_equal(out["counts"][:2], expected.counts)
+        active = out["counts"][2:]
+        assert ((expected.least_active <= active) & (active <= expected.most_active)).all()
+    if "grad" in out:
+        grad, error = expected.grad, expected.grad_error
+        ours = out["grad"]
+        if ours.ndim == 2:
+            grad, error = grad.sum(0), error.sum(0)
+            rounding = {"f": 2.0**-24, "e": 2.0**-11, "H": 2.0**-8}[ours.dtype.char]
+            error = error + rounding * np.abs(grad) + (2.0**-25 if ours.dtype.char == "e" else 0)
+            ours = widen(ours)
+        excess = np.abs(ours - grad) - error
+        assert (excess <= 0).all(), (excess.max(), np.argwhere(excess > 0)[:5])
+
+
+def swapped(batch: Batch) -> Batch:
+    """The references as rows, as the backward pass sees them."""
+    other = copy.copy(batch)
+    other.query, other.ref = batch.ref, batch.query
+    other.n, other.m = batch.m, batch.n
+    return other
+
+
+def usual_margins(distance: str, d: int) -> tuple[float, float]:
+    """Margins that a good part of random pairs violates."""
+    d = max(d, 1)
+    return {
+        "euclidean": (0.5, float(np.sqrt(2 * d))),
+        "sqeuclidean": (0.5, 2.0 * d),
+        "cosine": (0.1, 1.0),
+        "dot": (-2.0, 0.5),
+    }[distance]
+
+
+def problem(
+    rng: np.random.Generator,
+    n: int,
+    d: int,
+    classes: int,
+    m: int | None = None,
+    *,
+    dtype: str = "float32",
+    planes: int | None = None,
+    distance: str = "euclidean",
+    lone: tuple[int, ...] = (),
+    **where: Any,
+) -> Batch:
+    """A batch of random rows. ``classes`` 0, or one of ``lone``: a class of its own."""
+
+    def side(count: int) -> tuple[Array, Array]:
+        x = rng.standard_normal((count, d))
+        x = unit(x) if distance == "cosine" else x
+        labels = rng.integers(0, classes, count) if classes else np.arange(count)
+        return encode(x, dtype), labels.astype(np.int64)
+
+    rows, labels = side(n)
+    labels[list(lone)] = n + np.array(lone, np.int64)
+    ref, ref_labels = (None, None) if m is None else side(m)
+    planes = planes or (2 if dtype == "float32" else 1)
+    return Batch(rows, labels, ref, ref_labels, planes=planes, distance=distance, **where)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs planted in the tile engine: the interpreter and the comparison with float64 see each.
+
+Each is compiled from a changed copy of the sources, for one kernel with one distance, one formula
+and one dtype of rows. Where one check would miss a bug that another sees, the bug names the other.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuda_batch
+import cuda_plan
+from cuda_batch import Batch
+from cuda_mutants import MUTANTS, Mutant
+from cuda_plan import A100
+from cuda_reference import (
+    check_hardest,
+    check_pair_sum,
+    check_triplets,
+    lowest_hardest,
+    problem,
+    unit,
+)
+from ptx_interpreter import Module, PtxError, Uninitialised, parse
+from ptx_interpreter.compile import CSRC, ROOT, compile_ptx
+
+WHERE: dict[str, Any] = {"arch": "sm_80", "limits": A100}
+RULE = {"margin": 0.3}
+
+
+def check_owner(planes: int = 1, d: int = 70) -> None:
+    # Several chunks and column tiles: more than there are stages.
+    batch = problem(np.random.default_rng(0), 70, d, 4, planes=planes, lone=(5, 66), **WHERE)
+    out = batch.hardest(True, triplet=RULE)
+    check_hardest(batch, out, operand_eps=2.0**-10 if planes == 1 else 0)
+    check_triplets(out, RULE)
+
+
+def check_one_chunk() -> None:
+    check_owner(d=20)
+
+
+def check_ties() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.integers(-1, 2, (70, 9)).astype(np.float32)
+    batch = Batch(x, rng.integers(0, 3, 70), planes=1, **WHERE)
+    np.testing.assert_array_equal(batch.hardest(True)["index"], lowest_hardest(batch))
+
+
+def check_poison() -> None:
+    x = np.random.default_rng(2).standard_normal((70, 9)).astype(np.float32)
+    x[3, 4] = np.nan
+    out = Batch(x, np.arange(70) % 3, planes=1, **WHERE).hardest(True, triplet=RULE)
+    assert np.isnan(out["distance"]).all() and np.isnan(out["loss"]).all()
+
+
+def check_near() -> None:
+    rng = np.random.default_rng(3)
+    x = unit(rng.standard_normal((3, 40)))[rng.integers(0, 3, 40)]
+    x = (x + 2.0**-14 * rng.standard_normal((40, 40))).astype(np.float32)
+    batch = Batch(x, rng.integers(0, 3, 40), **WHERE)
+    check_hardest(batch, batch.hardest(True))
+
+
+def check_shared() -> None:
+    batch = problem(np.random.default_rng(4), 200, 40, 3, lone=(5, 100, 199), **WHERE)
+    check_hardest(batch, batch.hardest(False, triplet=RULE, blocks=4))
+
+
+def check_dot() -> None:
+    # The near rule, which tells an anchor from its positives elsewhere, is not for inner products.
+    where = WHERE | {"distance": "dot", "lone": (5, 100, 199)}
+    batch = problem(np.random.default_rng(4), 200, 9, 3, **where)
+    check_hardest(batch, batch.hardest(False))
+
+
+def check_close_calls() -> None:
+    # To the last rows, which are columns of the first tile, all of the others are nearly as far.
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((150, 40))
+    x[:128] = x[0] + 2e-4 * rng.standard_normal((128, 40))
+    batch = Batch(np.float32(x), np.where(np.arange(150) < 128, 0, np.arange(150) % 2), **WHERE)
+    check_hardest(batch, batch.hardest(False))
+
+
+def check_sums() -> None:
+    # Five chunks of features: two parts of the gradient.
+    batch = problem(np.random.default_rng(5), 70, 140, 3, **WHERE)
+    margins = (0.5, 16.5)
+    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+
+
+def check_many_tiles() -> None:
+    # The stages of the third tile's chunks begin again with the first.
+    batch = problem(np.random.default_rng(5), 9, 140, 3, 140, **WHERE)
+    margins = (0.5, 16.5)
+    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+
+
+def check_growth() -> None:
+    # Weights that are larger from one column tile to the next.
+    rng = np.random.default_rng(6)
+    batch = problem(rng, 40, 20, 3, 150, **WHERE)
+    weight = np.repeat(2.0 ** np.array([0, 8, 16]), 64)[:150] * rng.uniform(1, 2, (2, 150))
+    options: dict[str, Any] = {"weight": np.float32(weight), "weight_by_ref": True}
+    out = batch.pair_sum(margins=(0.5, 7.0), **options)
+    check_pair_sum(batch, out, "hinge", (0.5, 7.0), **options)
+
+
+def check_near_first() -> None:
+    # A tile of near pairs only, before others with small weights.
+    rng = np.random.default_rng(7)
+    r = np.repeat(rng.standard_normal((1, 40)), 90, 0)
+    x = r[:3] + 2.0**-10 * rng.integers(-1, 2, (3, 40))
+    r[64:] += 1e3 * rng.standard_normal((26, 40))
+    batch = Batch(np.float32(x), np.arange(3) % 2, np.float32(r), np.arange(90) % 2, **WHERE)
+    margins = (0.001, 9e3)
+    weight = np.where(np.arange(90) < 64, 1, 2.0**-14) * np.ones((2, 1))
+    options: dict[str, Any] = {"weight": np.float32(weight), "weight_by_ref": True}
+    check_pair_sum(batch, batch.pair_sum(margins=margins, **options), "hinge", margins, **options)
+    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+
+
+def check_small_margin() -> None:
+    rng = np.random.default_rng(3)
+    x = unit(rng.standard_normal((200, 40)))
+    for i in range(5):
+        x[160 + 8 * i] = x[32 * i] + 1e-5 * rng.standard_normal(40)
+    batch = Batch(x.astype(np.float32), np.arange(200), **WHERE)
+    margins = (0.0, 2e-4)
+    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+
+
+# Each check with the instantiation that it runs.
+CHECKS: dict[str, tuple[Callable[[], None], int, str, str]] = {
+    "owner": (check_owner, 1, "Part::kOwner", "Euclidean"),
+    "one_chunk": (check_one_chunk, 1, "Part::kOwner", "Euclidean"),
+    "ties": (check_ties, 1, "Part::kOwner", "Euclidean"),
+    "poison": (check_poison, 1, "Part::kOwner", "Euclidean"),
+    "near": (check_near, 2, "Part::kOwner", "Euclidean"),
+    "dot": (check_dot, 2, "Part::kSymmetric", "Dot"),
+    "shared": (check_shared, 2, "Part::kSymmetric", "Euclidean"),
+    "close_calls": (check_close_calls, 2, "Part::kSymmetric", "Euclidean"),
+    "sums": (check_sums, 2, "true", "Euclidean"),
+    "many_tiles": (check_many_tiles, 2, "true", "Euclidean"),
+    "growth": (check_growth, 2, "true", "Euclidean"),
+    "near_first": (check_near_first, 2, "true", "Euclidean"),
+    "small_margin": (check_small_margin, 2, "true", "Euclidean"),
+}
+
+# Less to compile: one distance, hinge, float32 rows, and the kernels without launchers.
+CUTS = [
+    (
+        "include/flashmetric/formula.h",
+        "    case Distance::kEuclidean:",
+        "      return f(Dot{});",
+        "    default:\n      return f(FLASHMETRIC_DISTANCE{});",
+    ),
+    (
+        "include/flashmetric/formula.h",
+        "  return formula == Formula::kHinge",
+        ";",
+        "  return f(Hinge{});",
+    ),
+    ("include/flashmetric/cuda_kernels.h", "    case Scalar::kHalf:", "(__nv_bfloat16{});\n", ""),
+    ("cuda/prepare.cu", "cudaError_t prepare(", "\n}\n", ""),
+    ("cuda/hardest.cu", "template <int kPlanes>\nvoid (*kernel_for(", "FINISH", ""),
+    ("cuda/pair_sum.cu", "cudaError_t pair_sum(", "FINISH", ""),
+]
+SOURCES = {
+    "prepare": ("prepare.cu", "exact.cuh", "layout.h", "plan.h"),
+    "hardest": ("hardest.cu", "hardest.cuh", "finish.cuh", "tile.cuh", "layout.h"),
+    "pair_sum": (
+        "pair_sum.cu",
+        "pair_sum.cuh",
+        "back_product.cuh",
+        "finish.cuh",
+        "tile.cuh",
+        "layout.h",
+    ),
+}
+END = "\n}  // namespace flashmetric::cuda\n"
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    """Replace the one place where a text occurs."""
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file.name} has {text.count(old)} times: {old}"
+    file.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources with less to compile."""
+    root = tmp_path_factory.mktemp("plain") / "csrc"
+    for folder in ("include", "cuda"):
+        shutil.copytree(CSRC / folder, root / folder, ignore=shutil.ignore_patterns("*.cpp"))
+    for name, begin, end, new in CUTS:
+        text = (root / name).read_text()
+        assert text.count(begin) == 1, f"{name}: {begin}"
+        first = text.index(begin)
+        last = len(text) - len(END) if end == "FINISH" else text.index(end, first) + len(end)
+        (root / name).write_text(text[:first] + new + text[last:])
+    for name, kernel, kind in [
+        ("hardest", "hardest_kernel", "HardestArgs"),
+        ("pair_sum", "pair_sum_kernel", "PairSumArgs"),
+    ]:
+        file = root / "cuda" / f"{name}.cu"
+        text = file.read_text().replace("namespace {", "").replace("}  // namespace\n", "")
+        chosen = f"{kernel}<FLASHMETRIC_PLANES, FLASHMETRIC_KIND>"
+        text = text[: -len(END)] + f"template __global__ void {chosen}(const {kind});\n" + END
+        file.write_text(text)
+    replace(root / "cuda" / "prepare.cu", "namespace {", "")
+    replace(root / "cuda" / "prepare.cu", "}  // namespace\n", "")
+    return root
+
+
+def compiled(root: Path, source: str, planes: int, kind: str, distance: str) -> Module:
+    """One kernel of a copy of the sources."""
+    defines = [f"FLASHMETRIC_DISTANCE={distance}"]
+    if source != "prepare":
+        defines += [f"FLASHMETRIC_PLANES={planes}", f"FLASHMETRIC_KIND={kind}"]
+    return parse(compile_ptx(root / "cuda" / f"{source}.cu", defines=defines, root=root))
+
+
+compiled_once = functools.cache(compiled)
+
+
+class Filled(Uninitialised):
+    """What a kernel does not write is no leftover that happens to be right."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        """Fill the array with junk."""
+        super().__init__(array)
+        array.reshape(-1).view(np.uint8)[:] = 0xFB
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, check: str, root: Path, plain: Path, touched: set[str]
+) -> None:
+    """Run a check with the kernels of ``root`` where they differ from those of ``plain``."""
+    function, *instance = CHECKS[check]
+
+    def kernels(source: str, arch: str, defines: tuple[str, ...] = ()) -> Module:
+        if touched & set(SOURCES[source]):
+            return compiled(root, source, *instance)
+        return compiled_once(plain, source, *instance)
+
+    monkeypatch.setattr(cuda_batch, "kernels", kernels)
+    monkeypatch.setattr(cuda_batch, "Uninitialised", Filled)
+    function()
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_checks_pass_without_a_bug(
+    check: str, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, check, plain, plain, set())
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
+def test_bug_is_seen(
+    mutant: Mutant, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "csrc"
+    touched = {file for file, _, _ in mutant.edits}
+    of_host = touched == {"plan.h"}
+    shutil.copytree(CSRC if of_host else plain, root)
+    for file, old, new in mutant.edits:
+        replace(root / "cuda" / file, old, new)
+    if of_host:
+        # The plans change; the kernels stay as they are.
+        (tmp_path / "tests").mkdir()
+        shutil.copy(ROOT / "tests" / "cuda_plan_shim.cpp", tmp_path / "tests")
+        monkeypatch.setattr(cuda_plan, "ROOT", tmp_path)
+        other = cuda_plan.plan.__wrapped__()
+        monkeypatch.setattr(cuda_batch, "plan", lambda: other)
+        touched = set()
+    with pytest.raises((PtxError, AssertionError)):
+        run(monkeypatch, mutant.check, root, plain, touched)
+
+
+def test_every_kind_of_bug_is_planted() -> None:
+    assert len(MUTANTS) >= 24
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
