@@ -55,13 +55,6 @@ SWEEP = [
         "stage = stage + 1 == Shape::kStages - 1 ? 0 : stage + 1;",
     ),
     mutant(
-        "the stage after the last does not wrap",
-        "owner",
-        "tile.cuh",
-        "stage = stage + 1 == Shape::kStages ? 0 : stage + 1;",
-        "stage = stage + 1;",
-    ),
-    mutant(
         "metadata of columns come with the first chunk",
         "owner",
         "tile.cuh",
@@ -104,13 +97,6 @@ SWEEP = [
         "close_calls",
         "tile.cuh",
         "            mma_f16(c, a[1][i], b[0][pair][reg], b[0][pair][reg + 1]);\n",
-    ),
-    mutant(
-        "one plane loaded twice",
-        "shared",
-        "tile.cuh",
-        "source + plane * side.plane_stride",
-        "source",
     ),
     mutant(
         "chunks rotated by one too many",
@@ -285,25 +271,11 @@ PAIR_SUM = [
         "return begin;",
     ),
     mutant(
-        "weights of both kinds in each",
-        "sums",
-        "back_product.cuh",
-        "positive == (kind == 0) ? weights",
-        "positive || kind == 1 ? weights",
-    ),
-    mutant(
         "near pairs counted by each column warp",
         "near_first",
         "pair_sum.cuh",
         "sweep_.lane() == lane && warp_col == sweep_.warp_col();",
         "sweep_.lane() == lane;",
-    ),
-    mutant(
-        "near pairs counted with the others as well",
-        "near_first",
-        "pair_sum.cuh",
-        "if (valid && !close) {",
-        "if (valid) {",
     ),
     mutant(
         "negatives pull, too",
@@ -346,13 +318,6 @@ PAIR_SUM = [
         "pair_sum.cuh",
         "any = any || u < bound || close || same;",
         "any = any || u < bound || same;",
-    ),
-    mutant(
-        "the second column warp replaces the first",
-        "sums",
-        "pair_sum.cu",
-        "if (warp > 0) {",
-        "if (warp > 1) {",
     ),
     mutant(
         "column warps add at the same time",

@@ -94,6 +94,10 @@ def test_prepare_finds_rows_that_are_not_finite(bad: float) -> None:
     assert batch.bad.array.tolist() == [int(bad != 2e18), 0, 0, 0]
 
 
+# Those of sm_80 are those of sm_90 with less shared memory: one kind of planes is enough.
+KERNELS = [
+    (arch, planes) for arch in DEVICES for planes in (1, 2) if (arch, planes) != ("sm_80", 1)
+]
 PARTS = ["owner", "rectangular", "symmetric"]
 
 
@@ -114,8 +118,7 @@ def depths(part: str, planes: int, limits: DeviceLimits) -> list[int]:
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize(("arch", "planes"), KERNELS)
 def test_hardest_with_and_without_resident_rows(arch: str, planes: int, part: str) -> None:
     rng = np.random.default_rng(2)
     dtype = "float32" if planes == 2 else "float16"
@@ -129,8 +132,7 @@ def test_hardest_with_and_without_resident_rows(arch: str, planes: int, part: st
 
 
 @pytest.mark.parametrize("part", ["pair_sum", "pair_sum_grad"])
-@pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize(("arch", "planes"), KERNELS)
 def test_pair_sum_with_and_without_resident_rows(arch: str, planes: int, part: str) -> None:
     rng = np.random.default_rng(3)
     dtype = "float32" if planes == 2 else "bfloat16"
