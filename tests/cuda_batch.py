@@ -18,7 +18,6 @@ DISTANCE = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
 FORMULA = {"hinge": 0, "squared_hinge": 1}
 REDUCTION = {"mean": 0, "mean_nonzero": 1, "sum": 2}
 META = np.dtype([("bias", "f4"), ("scale", "f4"), ("label", "i8")])
-LIMITS = {"sm_90": H100}
 
 
 def bfloat16(x: Array) -> Array:

@@ -145,7 +145,7 @@ PREPARE = [
         "padding like any row",
         "owner",
         "prepare.cu",
-        "  if (row.padding) bias = __uint_as_float(0x7fc00000u);\n",
+        "  if (row.padding) bias = not_a_number<float>();\n",
     ),
     mutant(
         "the counter keeps its value",
@@ -210,7 +210,7 @@ HARDEST = [
     mutant(
         "no barrier before keys are read",
         "owner",
-        "finish.cuh",
+        "exact.cuh",
         "  return __syncthreads_or(found);",
         "  return found;",
     ),
@@ -340,8 +340,8 @@ PLAN = [
         "512 bytes of shared memory too few",
         "sums",
         "plan.h",
-        "return {0, 1, Shape::kThreads, static_cast<int>(smem), resident,",
-        "return {0, 1, Shape::kThreads, static_cast<int>(smem) - 512, resident,",
+        "          static_cast<int>(smem),",
+        "          static_cast<int>(smem) - 512,",
     ),
 ]
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +42,14 @@ ADA = DeviceLimits(89, 128, 101376, 102400)
 TURING = DeviceLimits(75, 40, 65536, 65536)
 
 
-def compile_shim(source: Path) -> ctypes.CDLL:
-    """Compile a C++ shim over the headers of csrc with the host compiler, once per content."""
-    headers = sorted((ROOT / "csrc").rglob("*.h"))
+def compile_shim(source: Path, system: Iterable[Path] = ()) -> ctypes.CDLL:
+    """Compile a C++ shim over the headers of csrc with the host compiler, once per content.
+
+    Args:
+        source: the shim.
+        system: folders of headers that are not ours.
+    """
+    headers = sorted((ROOT / "csrc").rglob("*.h")) + sorted((ROOT / "csrc").rglob("*.cuh"))
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in [source, *headers])).hexdigest()[:16]
     library = ROOT / "build" / "shims" / f"{source.stem}-{digest}.so"
     if not library.exists():
@@ -52,6 +58,7 @@ def compile_shim(source: Path) -> ctypes.CDLL:
         library.parent.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}.tmp")
         include = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "cuda")]
+        include += [flag for folder in system for flag in ("-isystem", str(folder))]
         command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
         subprocess.run([*command, *include, str(source), "-o", str(partial)], check=True)
         partial.replace(library)

@@ -47,9 +47,6 @@ Launch fm_plan_pair_sum(int planes, int64_t n, int64_t d, int with_grad, DeviceL
 
 int fm_plan_rows(int64_t rows) { return plan_rows(rows); }
 int64_t fm_chunks(int64_t d) { return chunk_count(d); }
-int fm_row_padding() { return kRowPadding; }
-int fm_chunk() { return kChunk; }
-int fm_row_warps() { return kRowWarps; }
 int64_t fm_owner_rows() { return kOwnerRows; }
 
 int fm_piece_offset(int row, int piece) { return piece_offset(row, piece); }

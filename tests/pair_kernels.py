@@ -3,14 +3,13 @@
 
 import ctypes
 import functools
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cuda_plan import compile_shim
 from ptx_interpreter import Module, Struct, Uninitialised, launch, parse
 from ptx_interpreter.compile import CSRC, compile_ptx, find_nvcc
 
@@ -37,13 +36,8 @@ def module(source: str) -> Module:
 def plans() -> ctypes.CDLL:
     """The launch numbers, from the functions that the launchers call."""
     toolkit = Path(find_nvcc()).resolve().parents[1]
-    includes = [CSRC / "include", CSRC / "cuda", toolkit / "include", "/usr/local/cuda/include"]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "plans.so"
-        shim = Path(__file__).with_name("cuda_pairs_shim.cpp")
-        flags = ["-std=c++17", "-shared", "-fPIC", *(f"-I{include}" for include in includes)]
-        subprocess.run(["g++", *flags, str(shim), "-o", str(out)], check=True)
-        return ctypes.CDLL(str(out))
+    system = [toolkit / "include", Path("/usr/local/cuda/include")]
+    return compile_shim(Path(__file__).with_name("cuda_pairs_shim.cpp"), system)
 
 
 def plan(name: str, *arguments: int) -> list[int]:

@@ -175,12 +175,13 @@ CUTS = [
 ]
 SOURCES = {
     "prepare": ("prepare.cu", "exact.cuh", "layout.h", "plan.h"),
-    "hardest": ("hardest.cu", "hardest.cuh", "finish.cuh", "tile.cuh", "layout.h"),
+    "hardest": ("hardest.cu", "hardest.cuh", "finish.cuh", "exact.cuh", "tile.cuh", "layout.h"),
     "pair_sum": (
         "pair_sum.cu",
         "pair_sum.cuh",
         "back_product.cuh",
         "finish.cuh",
+        "exact.cuh",
         "tile.cuh",
         "layout.h",
     ),

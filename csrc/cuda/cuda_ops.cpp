@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_ops.h>
-#include <flashmetric/cuda_kernels.h>
 #include <flashmetric/cuda_status.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -53,6 +52,14 @@ Scalar scalar_of(const Tensor& rows) {
 void check_device(const Tensor& tensor, const Tensor& query, const char* name) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == query.get_device_index(), name,
                   ": the device of query expected");
+}
+
+void check_devices(const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
+                   const OptionalTensor& ref_labels) {
+  check_device(query_labels, query, "query_labels");
+  if (!ref.has_value()) return;
+  check_device(*ref, query, "ref");
+  check_device(*ref_labels, query, "ref_labels");
 }
 
 const DeviceLimits& device_limits(const Tensor& tensor) {

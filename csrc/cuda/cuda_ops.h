@@ -35,6 +35,9 @@ Scalar scalar_of(const Tensor& rows);
 
 // Kernels follow bare pointers: one into another memory would end the process.
 void check_device(const Tensor& tensor, const Tensor& query, const char* name);
+// The same for a whole batch.
+void check_devices(const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
+                   const OptionalTensor& ref_labels);
 
 inline ScalarType accumulate_type(const Tensor& query) {
   return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

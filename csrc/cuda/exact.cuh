@@ -27,6 +27,20 @@ __host__ __device__ __forceinline__ void with_rows(Scalar scalar, F&& f) {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+template <class T>
+__device__ __forceinline__ T not_a_number() {
+  return static_cast<T>(__uint_as_float(0x7fc00000u));
+}
+
+// Whether a preparing block found a row whose distances are not finite. In every thread of the
+// block.
+__device__ __forceinline__ bool any_bad(const uint32_t* bad, int count) {
+  bool found = false;
+  for (int t = static_cast<int>(threadIdx.x); t < count; t += static_cast<int>(blockDim.x))
+    found = found || bad[t] != 0;
+  return __syncthreads_or(found);
+}
+
 // Sum over the lanes of a warp, the same bits in each of them.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -3,28 +3,24 @@
 // cannot be trusted, and the triplet loss. One warp a row.
 #pragma once
 
+#include <flashmetric/kernels.h>
 #include <exact.cuh>
 
 namespace flashmetric::cuda {
 
-// u below this fraction of the squared norms has lost its leading digits to cancellation (kernels.h
-// has the same number for the CPU).
-constexpr float kNearFraction = 1.0f / 1024;
+// In the type of the tile engine's arithmetic: a product with the double would be one of doubles.
+constexpr float kNearFraction = static_cast<float>(flashmetric::kNearFraction);
 
 struct Found {
   int64_t index;
   float u;
 };
 
-// Whether prepare saw a row whose distances are not finite, and there are distances. In every
-// thread of the block.
-__device__ __forceinline__ bool any_bad(const PairProblem& problem, const uint32_t* bad,
-                                        int count) {
-  if (problem.ref.n <= (problem.self ? 1 : 0)) count = 0;
-  bool found = false;
-  for (int t = static_cast<int>(threadIdx.x); t < count; t += static_cast<int>(blockDim.x))
-    found = found || bad[t] != 0;
-  return __syncthreads_or(found);
+// Whether there are distances that are not finite. In every thread of the block.
+__device__ __forceinline__ bool is_poisoned(const PairProblem& problem, const uint32_t* bad,
+                                            int count) {
+  const bool has_pairs = problem.ref.n > (problem.self ? 1 : 0);
+  return any_bad(bad, has_pairs ? count : 0);
 }
 
 template <class S>
@@ -35,7 +31,7 @@ class RowFinish {
 
   // Positives of row i are kind 0, negatives kind 1.
   __device__ Found find(int64_t i, int kind, uint64_t key, bool poisoned) const {
-    if (poisoned) return {first_candidate(i, kind), __uint_as_float(0x7fc00000u)};
+    if (poisoned) return {first_candidate(i, kind), not_a_number<float>()};
     Found found{key_index(key), 0.0f};
     if (found.index < 0) return found;
     found.u = measure(i, found.index);
@@ -117,11 +113,9 @@ __device__ inline void finish_row(const HardestArgs& args, int64_t i, uint64_t p
       f = row.find(i, kind, kind == 0 ? positive : negative, poisoned);
     });
     found[kind] = f;
-    // The functors' max() drops NaN.
     distance[kind] =
-        f.index < 0 ? 0.0f
-        : poisoned
-            ? f.u
+        f.index < 0
+            ? 0.0f
             : with_distance(args.problem.distance, [&](auto d) { return decltype(d)::value(f.u); });
     if (lane == 0) {
       args.index[kind * n + i] = f.index;
@@ -131,7 +125,7 @@ __device__ inline void finish_row(const HardestArgs& args, int64_t i, uint64_t p
   if (args.triplet.loss == nullptr || lane != 0) return;
   const TripletTerm<float> term =
       args.triplet.rule.term(found[0].index >= 0, found[1].index >= 0, distance[0], distance[1]);
-  const float slope = poisoned ? __uint_as_float(0x7fc00000u) : term.slope;
+  const float slope = poisoned ? not_a_number<float>() : term.slope;
   args.triplet.slope[i] = slope;
   args.triplet.slope[n + i] = -slope;
   sum.loss += double(term.loss);
@@ -176,7 +170,7 @@ __device__ void reduce_triplets(const TripletArgs& triplet, bool poisoned, const
   const TripletSum all = total(own);
   if (thread == 0) {
     const double divisor = triplet.rule.divisor(all.counted);
-    *triplet.loss = poisoned ? __uint_as_float(0x7fc00000u) : float(all.loss / divisor);
+    *triplet.loss = poisoned ? not_a_number<float>() : float(all.loss / divisor);
     *triplet.scale = float(1.0 / divisor);
   }
 }

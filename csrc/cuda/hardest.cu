@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarp) hardest_finish_kernel(const 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t n = args.problem.query.n, padded = round_up(n, kRowPadding);
   const int64_t warps = int64_t{gridDim.x} * kRowWarps;
-  const bool poisoned = any_bad(args.problem, args.bad, args.bad_count);
+  const bool poisoned = is_poisoned(args.problem, args.bad, args.bad_count);
   TripletSum sum;
   for (int64_t i = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp; i < n; i += warps)
     finish_row(args, i, args.keys[i], args.keys[padded + i], poisoned, lane, sum);

@@ -218,7 +218,7 @@ __device__ void hardest_owner(const HardestArgs& args, char* smem) {
         if (sweep.lane() % 4 == 0)
           keys[(column_warp * 2 + kind) * Shape::kRows + rows.local_row(a, h)] = key;
       }
-  const bool poisoned = any_bad(args.problem, args.bad, args.bad_count);  // a barrier, too
+  const bool poisoned = is_poisoned(args.problem, args.bad, args.bad_count);  // a barrier, too
   const auto merged = [&](int kind, int r) {
     uint64_t key = kNoKey;
 #pragma unroll

@@ -19,13 +19,10 @@ template <class Args>
 cudaError_t launch_tiles(void (*kernel)(Args), const Args& args, const TilePlan& plan,
                          cudaStream_t stream) {
   if (plan.grid_x == 0) return cudaSuccess;  // no columns: nothing to find
-  // Always the same value: threads that launch the kernel with different plans share the setting.
-  int device = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  // Not plan.smem but always the same value: threads that launch the kernel with different plans
+  // share the setting.
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.smem_limit);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
   kernel<<<grid, static_cast<unsigned>(plan.threads), static_cast<size_t>(plan.smem), stream>>>(

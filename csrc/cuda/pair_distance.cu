@@ -12,11 +12,6 @@
 namespace flashmetric::cuda {
 namespace {
 
-template <class T>
-__device__ __forceinline__ T not_a_number() {
-  return static_cast<T>(__uint_as_float(0x7fc00000u));
-}
-
 __device__ __forceinline__ bool missing(int64_t i, int64_t j) { return i == -1 || j == -1; }
 __device__ __forceinline__ bool is_row(int64_t i, int64_t rows) { return i >= 0 && i < rows; }
 

@@ -64,7 +64,7 @@ __device__ void write_sums(const PairSumArgs& args, int64_t i, const RowTotal& t
   for (int kind = 0; kind < 2; ++kind) {
     // Compare-and-skip rules would drop pairs with NaN.
     const bool spoiled = poisoned && count[kind] > 0;
-    args.sums[kind * n + i] = spoiled ? __uint_as_float(0x7fc00000u) : float(total.sum[kind]);
+    args.sums[kind * n + i] = spoiled ? not_a_number<float>() : float(total.sum[kind]);
     args.counts[kind * n + i] = count[kind];
     args.counts[(2 + kind) * n + i] = total.active[kind];
   }
@@ -98,7 +98,7 @@ __device__ void write_gradient(const PairSumArgs& args, const Rows& rows, int ro
         // No weight, no product: without any pair x may be NaN.
         const float own = difference && weight != 0.0f ? weight * x : 0.0f;
         float grad = 2.0f * (own - tile[local * kStride + f]);
-        if (poisoned) grad = __uint_as_float(0x7fc00000u);
+        if (poisoned) grad = not_a_number<float>();
         if (separate) {
           args.grad[kind * n * d + at] = grad;
         } else {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(ShapesHere<kPlanes>::Sum::kThreads, 1)
   // The stages are free now.
   RowTotal* totals = reinterpret_cast<RowTotal*>(smem);
   const int column_warp = sweep.warp_col() / Shape::kWarpCols;
-  const bool poisoned = any_bad(problem, args.bad, args.bad_count);
+  const bool poisoned = is_poisoned(problem, args.bad, args.bad_count);
   merge_rows<Shape>(rows, column_warp, sweep.lane(), totals);
   const int row0 = row_tile * Shape::kRows;
   if (args.sums != nullptr && blockIdx.y == 0) {

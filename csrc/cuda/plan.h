@@ -98,9 +98,10 @@ struct TilePlan {
   int grid_x, grid_y;
   int threads;
   int smem;
-  bool resident;  // the row tile stays in shared memory; otherwise it is loaded again with each
-                  // column tile
-  bool fits;      // false: the device cannot run it
+  bool resident;   // the row tile stays in shared memory; otherwise it is loaded again with each
+                   // column tile
+  bool fits;       // false: the device cannot run it
+  int smem_limit;  // what a block of this device may ask for
 };
 
 // Resident rows pay unless they cost a second block its place on the multiprocessor. `extra`: bytes
@@ -113,7 +114,13 @@ constexpr TilePlan plan_tile(int64_t chunks, int64_t extra, int blocks_per_sm,
   const int64_t limit = part < device.smem_per_block ? part : device.smem_per_block;
   const bool resident = Shape::smem_bytes(true, chunks) + extra <= limit;
   const int64_t smem = Shape::smem_bytes(resident, chunks) + extra;
-  return {0, 1, Shape::kThreads, static_cast<int>(smem), resident, smem <= device.smem_per_block};
+  return {0,
+          1,
+          Shape::kThreads,
+          static_cast<int>(smem),
+          resident,
+          smem <= device.smem_per_block,
+          device.smem_per_block};
 }
 
 // Up to this many anchors each block owns its rows, from the first column to the finished loss:

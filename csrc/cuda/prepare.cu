@@ -64,7 +64,7 @@ __device__ bool prepare_row(const PrepareArgs& args, const TileRows& out, const 
   float bias = distance == Distance::kDot ? 0.0f : norm;
   // A zero row is at cosine distance 1 from every unit row: u = 1 + 1 - 0.
   if (distance == Distance::kCosine && zero) bias = 1.0f;
-  if (row.padding) bias = __uint_as_float(0x7fc00000u);
+  if (row.padding) bias = not_a_number<float>();
   if (lane == 0) out.meta[row.index] = RowMeta{bias, zero ? 0.0f : back, row.label};
   // A squared distance is at most four times the larger squared norm. fmaxf above lets NaN pass,
   // but its square is in the norm: half precision has NaN and infinity, too.

@@ -5,6 +5,7 @@
 #include <array>
 
 namespace flashmetric::cuda {
+
 int plane_count(const Tensor& query) {
   if (query.scalar_type() != ScalarType::Float) return 1;
   // The switch is torch's own state, which the stable ABI does not show: Python code reads it.
@@ -32,11 +33,7 @@ PreparedBatch::PreparedBatch(const Tensor& query, const Tensor& query_labels,
       query_labels_(as_contiguous(query_labels)),
       ref_(ref.has_value() ? as_contiguous(*ref) : query_),
       ref_labels_(ref.has_value() ? as_contiguous(*ref_labels) : query_labels_) {
-  check_device(query_labels, query, "query_labels");
-  if (ref.has_value()) {
-    check_device(*ref, query, "ref");
-    check_device(*ref_labels, query, "ref_labels");
-  }
+  check_devices(query, query_labels, ref, ref_labels);
   const bool self = !ref.has_value();
   const int64_t n = query_.size(0), m = ref_.size(0), d = query_.size(1);
   const int64_t width = chunk_count(d) * kChunk;

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kSlabThreads, kHardestBlocks<T>)
     slab_hardest_kernel(const SlabHardestArgs args) {
   __shared__ Candidate<T> found[2][kSlabWarps];
   __shared__ bool trusted[2];
-  const bool poisoned = any_row_bad(args.problem);
+  const bool poisoned = any_bad(args.problem.bad, args.problem.bad_count);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const RowSearch<T> search(args);
   Candidate<T> best[2];

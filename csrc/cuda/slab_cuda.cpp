@@ -144,19 +144,18 @@ class SlabBatch {
   Tensor bad_;
 };
 
-void check(const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
-           const OptionalTensor& ref_labels) {
-  check_batch(query, query_labels, ref, ref_labels);
-  check_device(query_labels, query, "query_labels");
-  if (!ref.has_value()) return;
-  check_device(*ref, query, "ref");
-  check_device(*ref_labels, query, "ref_labels");
-}
-
 // Calls f(begin, rows) for every slab of n rows.
 template <class F>
 void for_each_slab(int64_t n, int64_t step, F&& f) {
   for (int64_t begin = 0; begin < n; begin += step) f(begin, n - begin < step ? n - begin : step);
+}
+
+SlabSumArgs sum_args(const PairSumRule& rule) {
+  SlabSumArgs args{};
+  args.formula = rule.formula;
+  args.margin[0] = rule.pos_margin;
+  args.margin[1] = rule.neg_margin;
+  return args;
 }
 
 // The sums of one side of a batch: of its rows against all rows of the other.
@@ -211,7 +210,7 @@ std::tuple<Tensor, Tensor> slab_hardest(const Tensor& query, const Tensor& query
                                         const OptionalTensor& ref, const OptionalTensor& ref_labels,
                                         Distance distance, bool exact, Multiply multiply) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  check(query, query_labels, ref, ref_labels);
+  check_devices(query, query_labels, ref, ref_labels);
   const int64_t n = query.size(0);
   Tensor index = torch::stable::new_empty(query, {2, n}, ScalarType::Long);
   Tensor distances = torch::stable::new_empty(query, {2, n}, accumulate_type(query));
@@ -260,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slab_pair_sum(const Tensor& query,
                                                          const PairSumRule& rule, bool with_grad,
                                                          bool with_ref_grad, Multiply multiply) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  check(query, query_labels, ref, ref_labels);
+  check_devices(query, query_labels, ref, ref_labels);
   const ScalarType type = accumulate_type(query);
   const int64_t n = query.size(0), d = query.size(1);
   const int64_t m = ref.has_value() ? ref->size(0) : n;
@@ -276,10 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> slab_pair_sum(const Tensor& query,
   Tensor grad_query = torch::stable::new_empty(query, {2, grad_n, d}, type);
   Tensor grad_ref = torch::stable::new_empty(query, {2, grad_m, d}, type);
   const SlabBatch batch(query, query_labels, ref, ref_labels, rule.distance, multiply);
-  SlabSumArgs args{};
-  args.formula = rule.formula;
-  args.margin[0] = rule.pos_margin;
-  args.margin[1] = rule.neg_margin;
+  SlabSumArgs args = sum_args(rule);
   args.with_grad = grad_n > 0 && d > 0;
   args.sums = sums.mutable_data_ptr();
   args.counts = mutable_data<int64_t>(counts);
@@ -301,7 +297,7 @@ std::tuple<Tensor, Tensor> slab_pair_sum_backward(const Tensor& grad_sums, const
                                                   const PairSumRule& rule, bool with_ref_grad,
                                                   Multiply multiply) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  check(query, query_labels, ref, ref_labels);
+  check_devices(query, query_labels, ref, ref_labels);
   check_device(grad_sums, query, "grad_sums");
   const int64_t n = query.size(0), d = query.size(1);
   const int64_t m = ref.has_value() ? ref->size(0) : n;
@@ -315,10 +311,7 @@ std::tuple<Tensor, Tensor> slab_pair_sum_backward(const Tensor& grad_sums, const
   Tensor grad_ref = torch::stable::new_empty(query, {grad_m, d});
   const Tensor weights = in_type(grad_sums, accumulate_type(query));
   const SlabBatch batch(query, query_labels, ref, ref_labels, rule.distance, multiply);
-  SlabSumArgs args{};
-  args.formula = rule.formula;
-  args.margin[0] = rule.pos_margin;
-  args.margin[1] = rule.neg_margin;
+  SlabSumArgs args = sum_args(rule);
   args.merged = true;
   args.with_grad = true;
   const char* weight = static_cast<const char*>(weights.const_data_ptr());

@@ -9,19 +9,6 @@
 namespace flashmetric::cuda {
 
 template <class T>
-__device__ __forceinline__ T not_a_number() {
-  return static_cast<T>(__uint_as_float(0x7fc00000u));
-}
-
-// Whether any row of the problem is not finite. In every thread of the block.
-__device__ __forceinline__ bool any_row_bad(const SlabProblem& problem) {
-  bool found = false;
-  for (int t = static_cast<int>(threadIdx.x); t < problem.bad_count; t += kSlabThreads)
-    found = found || problem.bad[t] != 0;
-  return __syncthreads_or(found);
-}
-
-template <class T>
 class SlabRow {
  public:
   __device__ SlabRow(const SlabProblem& problem, int64_t row_of_slab)

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) slab_sum_finish_kernel(const 
   __shared__ T grads[kSlabWarps][kSlabThreads];
   __shared__ double losses[kSlabWarps];
   __shared__ int64_t actives[kSlabWarps];
-  const bool poisoned = any_row_bad(args.problem);
+  const bool poisoned = any_bad(args.problem.bad, args.problem.bad_count);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp, warp = thread / kWarp;
   const int kind = static_cast<int>(blockIdx.z);

@@ -2,7 +2,8 @@
 // The slab engine: the matrix of inner products in slabs of rows that fit the second-level cache,
 // by ordinary matrix products, each followed by a kernel that uses it up. It serves float64 and
 // what the tile engine cannot, and it is a second opinion on the same device. Arguments, results
-// and rules are those of the ops of the same name. No call waits for the device.
+// and rules are those of the ops of the same name, which have called check_batch. No call waits for
+// the device.
 #pragma once
 
 #include <batch.h>
