@@ -12,6 +12,8 @@ FLASHMETRIC_INLINE Vec<T> exact_step(Vec<T> x, Vec<T> y, Vec<T> sum) {
   if constexpr (D::kDifference) {
     const Vec<T> t = x - y;
     return fma(t, t, sum);
+  } else if constexpr (D::kDirect) {
+    return sum + D::term(x, y);
   } else {
     return fma(x, y, sum);
   }
@@ -39,7 +41,8 @@ FLASHMETRIC_INLINE void exact_rows(const T* x, const T* const (&y)[kPairs], int6
       sum[t] = exact_step<D>(a, Vec<T>::load_first(y[t] + k, left), sum[t]);
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < kPairs; ++t) u[t] = D::kDifference ? sum[t].sum() : T(-2) * sum[t].sum();
+  for (int t = 0; t < kPairs; ++t)
+    u[t] = D::kDifference || D::kDirect ? sum[t].sum() : T(-2) * sum[t].sum();
 }
 
 template <class D, class T, int kPairs>
@@ -72,9 +75,14 @@ void accumulate(const T* x, const Side<T>& other, const int32_t* list, const T* 
   const int left = static_cast<int>(other.d - whole);
   for (int64_t t = 0; t < count; ++t) {
     const T* y = other.rows + int64_t(list[t]) * other.d;
-    const Vec<T> weight((D::kDifference ? T(2) : T(-2)) * coefficient[t]);
+    const T factor = D::kDirect ? T(1) : D::kDifference ? T(2) : T(-2);
+    const Vec<T> weight(factor * coefficient[t]);
     const auto step = [&](Vec<T> a, Vec<T> b, Vec<T> sum) {
-      return fma(weight, D::kDifference ? a - b : b, sum);
+      if constexpr (D::kDirect) {
+        return fma(weight, D::gradient(a, b), sum);
+      } else {
+        return fma(weight, D::kDifference ? a - b : b, sum);
+      }
     };
     for (int64_t k = 0; k < whole; k += kLanes)
       step(Vec<T>::load(x + k), Vec<T>::load(y + k), Vec<T>::load(out + k)).store(out + k);

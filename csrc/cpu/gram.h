@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of inner products: packing, the micro-kernel, and its transpose for the gradient.
+// Tiles of inner products (direct distances: of u): packing, the micro-kernel, and its transpose
+// for the gradient.
 #pragma once
 
-#include <simd.h>
+#include <exact.h>
 
 namespace flashmetric {
 namespace FLASHMETRIC_ISA {
@@ -45,8 +46,9 @@ void pack(const T* x, int64_t n, int64_t d, int64_t begin, int64_t end, T* panel
   }
 }
 
-// One chain: out[r * ld + c] (+)= inner product of features [k, end) of a[r] and panel column c.
-template <class T>
+// One chain: out[r * ld + c] (+)= inner product of features [k, end) of a[r] and panel column c;
+// for a direct distance D the sum of its terms.
+template <class D, class T>
 FLASHMETRIC_INLINE void gram_chain(const T* const (&a)[Tile<T>::kRows], const T* panel, int64_t k,
                                    int64_t end, T* out, int64_t ld) {
   constexpr int kRows = Tile<T>::kRows;
@@ -68,7 +70,7 @@ FLASHMETRIC_INLINE void gram_chain(const T* const (&a)[Tile<T>::kRows], const T*
     for (int r = 0; r < kRows; ++r) {
       const Vec<T> x(a[r][k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, b[v], acc[r][v]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = exact_step<D>(x, b[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -80,14 +82,14 @@ FLASHMETRIC_INLINE void gram_chain(const T* const (&a)[Tile<T>::kRows], const T*
     }
 }
 
-// out[r * ld + c] = inner product of a[r] and column c of the panel.
-template <class T>
+// out[r * ld + c] = inner product of a[r] and column c of the panel; direct distances: u.
+template <class D = Dot, class T>
 FLASHMETRIC_INLINE void gram_tile(const T* const (&a)[Tile<T>::kRows], const T* panel, int64_t d,
                                   T* out, int64_t ld) {
   int64_t k = 0;
   do {
     const int64_t end = k + kChain < d ? k + kChain : d;
-    gram_chain(a, panel, k, end, out, ld);
+    gram_chain<D>(a, panel, k, end, out, ld);
     k = end;
   } while (k < d);
 }
@@ -101,59 +103,102 @@ FLASHMETRIC_INLINE void tile_rows(const Side<T>& side, int64_t i, int64_t end,
     a[r] = side.rows + (i + r < end ? i + r : end - 1) * side.d;
 }
 
+// All tiles of rows [begin, end) with one panel, for kernels with much else in their registers: not
+// inlined, for the compiler would keep the rows' pointers in memory.
+template <class D, class T>
+__attribute__((noinline)) void gram_panel(const Side<T>& side, int64_t begin, int64_t end,
+                                          const T* panel, T* out, int64_t ld) {
+  for (int64_t i = begin; i < end; i += Tile<T>::kRows) {
+    const T* a[Tile<T>::kRows];
+    tile_rows(side, i, end, a);
+    gram_tile<D>(a, panel, side.d, out + (i - begin) * ld, ld);
+  }
+}
+
+// Rows of x that subtract_product multiplies with at a time: with one tile's weights they fit the
+// first-level cache.
+constexpr int64_t kProductDepth = 96;
+
+// Features [0, columns) of `depth` rows at a stride of d, side by side in kVecs vectors a row and
+// padded with zeros: read in place, the rows of a power of two of features would share few sets of
+// the cache.
+template <class T, int kVecs>
+void pack_features(const T* x, int64_t d, int64_t depth, int64_t columns, T* out) {
+  constexpr int kLanes = Tile<T>::kLanes;
+  for (int64_t k = 0; k < depth; ++k, x += d)
+    for (int v = 0; v < kVecs; ++v, out += kLanes) {
+      const int64_t left = columns - v * kLanes;
+      (left >= kLanes ? Vec<T>::load(x + v * kLanes)
+                      : Vec<T>::load_first(x + v * kLanes, static_cast<int>(left)))
+          .store(out);
+    }
+}
+
+// subtract_product for the columns that kVecs vectors hold and a depth that fits the cache.
+template <class T, bool kTransposed, int kVecs>
+__attribute__((noinline)) void subtract_panel(const T* h, int64_t ld, int64_t rows, int64_t depth,
+                                              const T* x, int64_t d, int64_t columns, T* out) {
+  constexpr int kRows = Tile<T>::kRows;
+  constexpr int kLanes = Tile<T>::kLanes;
+  const int64_t row_step = kTransposed ? 1 : ld;
+  const int64_t k_step = kTransposed ? ld : 1;
+  alignas(64) T packed[kProductDepth * kVecs * kLanes];
+  pack_features<T, kVecs>(x, d, depth, columns, packed);
+  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+    const int64_t valid = rows - r0 < kRows ? rows - r0 : kRows;
+    Vec<T> acc[kRows][kVecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec<T>(0);
+    const T* weight[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) weight[r] = h + (r0 + (r < valid ? r : valid - 1)) * row_step;
+    const T* features = packed;
+    for (int64_t k = 0; k < depth; ++k, features += kVecs * kLanes) {
+      Vec<T> b[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) b[v] = Vec<T>::load(features + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> w(weight[r][k * k_step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(w, b[v], acc[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= valid) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        T* p = out + (r0 + r) * d + v * kLanes;
+        const int64_t left = columns - v * kLanes;
+        if (left >= kLanes) {
+          (Vec<T>::load(p) - acc[r][v]).store(p);
+        } else {
+          const int lanes = static_cast<int>(left);
+          (Vec<T>::load_first(p, lanes) - acc[r][v]).store_first(p, lanes);
+        }
+      }
+    }
+  }
+}
+
 // out[r, :] -= sum over k of h(r, k) x[k, :] for `rows` rows and `depth` k, where h(r, k) is
 // h[r * ld + k], or h[k * ld + r] when kTransposed.
 template <class T, bool kTransposed>
 void subtract_product(const T* h, int64_t ld, int64_t rows, int64_t depth, const T* x, int64_t d,
                       T* out) {
-  constexpr int kRows = Tile<T>::kRows;
+  constexpr int64_t kLanes = Tile<T>::kLanes;
   constexpr int kVecs = Tile<T>::kVecs;
-  constexpr int kLanes = Tile<T>::kLanes;
-  const int64_t row_step = kTransposed ? 1 : ld;
-  const int64_t k_step = kTransposed ? ld : 1;
   for (int64_t c = 0; c < d; c += kVecs * kLanes) {
-    const int64_t left = d - c;
-    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-      const int64_t valid = rows - r0 < kRows ? rows - r0 : kRows;
-      Vec<T> acc[kRows][kVecs];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec<T>(0);
-      const T* first[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) first[r] = h + (r0 + (r < valid ? r : valid - 1)) * row_step;
-      if (left >= kVecs * kLanes) {
-        for (int64_t k = 0; k < depth; ++k) {
-          Vec<T> b[kVecs];
-#pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) b[v] = Vec<T>::load(x + k * d + c + v * kLanes);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            const Vec<T> w(first[r][k * k_step]);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(w, b[v], acc[r][v]);
-          }
-        }
-      } else {
-        for (int v = 0; v * kLanes < left; ++v) {
-          const int lanes =
-              left - v * kLanes < kLanes ? static_cast<int>(left - v * kLanes) : kLanes;
-          for (int64_t k = 0; k < depth; ++k) {
-            const Vec<T> b = Vec<T>::load_first(x + k * d + c + v * kLanes, lanes);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-              acc[r][v] = fma(Vec<T>(first[r][k * k_step]), b, acc[r][v]);
-          }
-        }
-      }
-      for (int64_t r = 0; r < valid; ++r)
-        for (int v = 0; v < kVecs && v * kLanes < left; ++v) {
-          T* p = out + (r0 + r) * d + c + v * kLanes;
-          const int lanes =
-              left - v * kLanes < kLanes ? static_cast<int>(left - v * kLanes) : kLanes;
-          (Vec<T>::load_first(p, lanes) - acc[r][v]).store_first(p, lanes);
-        }
+    const int64_t columns = d - c < kVecs * kLanes ? d - c : kVecs * kLanes;
+    const auto panel = columns <= kLanes       ? subtract_panel<T, kTransposed, 1>
+                       : columns <= 2 * kLanes ? subtract_panel<T, kTransposed, 2>
+                                               : subtract_panel<T, kTransposed, kVecs>;
+    for (int64_t k = 0; k < depth; k += kProductDepth) {
+      const int64_t part = depth - k < kProductDepth ? depth - k : kProductDepth;
+      panel(h + k * (kTransposed ? ld : 1), ld, rows, part, x + k * d + c, d, columns, out + c);
     }
   }
 }

@@ -15,6 +15,7 @@
 #else
 #include <simd_generic.h>
 #endif
+#include <elementary.h>
 
 namespace flashmetric {
 namespace FLASHMETRIC_ISA {

@@ -14,6 +14,7 @@ template <class Bits>
 struct Mask {
   Bits m;
   FLASHMETRIC_INLINE Mask operator&(Mask o) const { return {static_cast<Bits>(m & o.m)}; }
+  FLASHMETRIC_INLINE Mask operator|(Mask o) const { return {static_cast<Bits>(m | o.m)}; }
   FLASHMETRIC_INLINE Mask operator~() const { return {static_cast<Bits>(~m)}; }
   FLASHMETRIC_INLINE bool any() const { return m != 0; }
   FLASHMETRIC_INLINE unsigned bits() const { return m; }
@@ -43,8 +44,17 @@ struct Vec<float> {
   static FLASHMETRIC_INLINE M differs(const int32_t* ids, int32_t id) {
     return {_mm512_cmpneq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id))};
   }
+  // Which of the lanes' words share a bit with `word`.
+  static FLASHMETRIC_INLINE M shares(const int64_t* words, int64_t word) {
+    const __m512i w = _mm512_set1_epi64(word);
+    const unsigned low = _mm512_test_epi64_mask(_mm512_loadu_si512(words), w);
+    const unsigned high = _mm512_test_epi64_mask(_mm512_loadu_si512(words + 8), w);
+    return {static_cast<__mmask16>(low | high << 8)};
+  }
+  static FLASHMETRIC_INLINE M mask(unsigned bits) { return {static_cast<__mmask16>(bits)}; }
   FLASHMETRIC_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   FLASHMETRIC_INLINE float min() const { return _mm512_reduce_min_ps(v); }
+  FLASHMETRIC_INLINE float max() const { return _mm512_reduce_max_ps(v); }
 };
 
 template <>
@@ -69,8 +79,15 @@ struct Vec<double> {
     const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids));
     return {_mm256_cmpneq_epi32_mask(loaded, _mm256_set1_epi32(id))};
   }
+  // Which of the lanes' words share a bit with `word`.
+  static FLASHMETRIC_INLINE M shares(const int64_t* words, int64_t word) {
+    const __m512i w = _mm512_set1_epi64(word);
+    return {_mm512_test_epi64_mask(_mm512_loadu_si512(words), w)};
+  }
+  static FLASHMETRIC_INLINE M mask(unsigned bits) { return {static_cast<__mmask8>(bits)}; }
   FLASHMETRIC_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
   FLASHMETRIC_INLINE double min() const { return _mm512_reduce_min_pd(v); }
+  FLASHMETRIC_INLINE double max() const { return _mm512_reduce_max_pd(v); }
 };
 
 using VecF = Vec<float>;
@@ -84,6 +101,11 @@ FLASHMETRIC_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a.v
 FLASHMETRIC_INLINE VecF sqrt(VecF a) { return _mm512_sqrt_ps(a.v); }
 // Operand order makes a NaN in `a` survive, as in the scalar form.
 FLASHMETRIC_INLINE VecF max(VecF a, VecF b) { return _mm512_max_ps(b.v, a.v); }
+FLASHMETRIC_INLINE VecF min(VecF a, VecF b) { return _mm512_min_ps(b.v, a.v); }
+FLASHMETRIC_INLINE VecF round(VecF a) {
+  return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FLASHMETRIC_INLINE VecF ldexp(VecF a, VecF n) { return _mm512_scalef_ps(a.v, n.v); }
 FLASHMETRIC_INLINE VecF::M less(VecF a, VecF b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
 }
@@ -105,6 +127,11 @@ FLASHMETRIC_INLINE VecD operator/(VecD a, VecD b) { return _mm512_div_pd(a.v, b.
 FLASHMETRIC_INLINE VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 FLASHMETRIC_INLINE VecD sqrt(VecD a) { return _mm512_sqrt_pd(a.v); }
 FLASHMETRIC_INLINE VecD max(VecD a, VecD b) { return _mm512_max_pd(b.v, a.v); }
+FLASHMETRIC_INLINE VecD min(VecD a, VecD b) { return _mm512_min_pd(b.v, a.v); }
+FLASHMETRIC_INLINE VecD round(VecD a) {
+  return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FLASHMETRIC_INLINE VecD ldexp(VecD a, VecD n) { return _mm512_scalef_pd(a.v, n.v); }
 FLASHMETRIC_INLINE VecD::M less(VecD a, VecD b) {
   return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ)};
 }

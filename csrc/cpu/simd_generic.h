@@ -30,6 +30,7 @@ struct Mask {
   static constexpr int kLanes = 16 / sizeof(T);
   Int m;
   FLASHMETRIC_INLINE Mask operator&(Mask o) const { return {m & o.m}; }
+  FLASHMETRIC_INLINE Mask operator|(Mask o) const { return {m | o.m}; }
   FLASHMETRIC_INLINE Mask operator~() const { return {~m}; }
   FLASHMETRIC_INLINE unsigned bits() const {
     unsigned b = 0;
@@ -76,6 +77,17 @@ struct Vec {
     for (int l = 0; l < kLanes; ++l) mask.m[l] = ids[l] != id ? -1 : 0;
     return mask;
   }
+  // Which of the lanes' words share a bit with `word`.
+  static FLASHMETRIC_INLINE M shares(const int64_t* words, int64_t word) {
+    M mask;
+    for (int l = 0; l < kLanes; ++l) mask.m[l] = (words[l] & word) != 0 ? -1 : 0;
+    return mask;
+  }
+  static FLASHMETRIC_INLINE M mask(unsigned bits) {
+    M mask;
+    for (int l = 0; l < kLanes; ++l) mask.m[l] = (bits >> l & 1) != 0 ? -1 : 0;
+    return mask;
+  }
   FLASHMETRIC_INLINE T sum() const {
     T s = v[0];
     for (int l = 1; l < kLanes; ++l) s += v[l];
@@ -84,6 +96,11 @@ struct Vec {
   FLASHMETRIC_INLINE T min() const {
     T s = v[0];
     for (int l = 1; l < kLanes; ++l) s = v[l] < s ? v[l] : s;
+    return s;
+  }
+  FLASHMETRIC_INLINE T max() const {
+    T s = v[0];
+    for (int l = 1; l < kLanes; ++l) s = v[l] > s ? v[l] : s;
     return s;
   }
 };
@@ -136,6 +153,27 @@ FLASHMETRIC_INLINE Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) {
 template <class T>
 FLASHMETRIC_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return select(less(a, b), b, a);
+}
+template <class T>
+FLASHMETRIC_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return select(less(b, a), b, a);
+}
+// To the nearest integer, for |a| < 2^22: larger numbers are not rounded.
+template <class T>
+FLASHMETRIC_INLINE Vec<T> round(Vec<T> a) {
+  // Adding this number leaves no bits for a fraction.
+  const Vec<T> shift(sizeof(T) == 4 ? 12582912.0 : 6755399441055744.0);
+  return (a + shift) - shift;
+}
+// a * 2^n for integral n; in two steps, so that results may be subnormal.
+template <class T>
+FLASHMETRIC_INLINE Vec<T> ldexp(Vec<T> a, Vec<T> n) {
+  using Int = typename VecTypes<T>::Int;
+  using Reg = typename VecTypes<T>::Reg;
+  constexpr int kBias = sizeof(T) == 4 ? 127 : 1023, kShift = sizeof(T) == 4 ? 23 : 52;
+  const Int all = __builtin_convertvector(n.v, Int), half = all >> 1;
+  const Int low = (half + kBias) << kShift, high = (all - half + kBias) << kShift;
+  return a.v * reinterpret_cast<Reg>(low) * reinterpret_cast<Reg>(high);
 }
 
 }  // namespace FLASHMETRIC_ISA

@@ -8,7 +8,14 @@ Distance parse_distance(const std::string& name) {
   if (name == "sqeuclidean") return Distance::kSqeuclidean;
   if (name == "cosine") return Distance::kCosine;
   if (name == "dot") return Distance::kDot;
-  STD_TORCH_CHECK(false, "distance: 'euclidean', 'sqeuclidean', 'cosine' or 'dot' expected, got '",
+  if (name == "angular") return Distance::kAngular;
+  if (name == "sqrt_cosine") return Distance::kSqrtCosine;
+  if (name == "rbf") return Distance::kRbf;
+  if (name == "cityblock") return Distance::kCityblock;
+  if (name == "chi2") return Distance::kChi2;
+  STD_TORCH_CHECK(false,
+                  "distance: 'euclidean', 'sqeuclidean', 'cosine', 'dot', 'angular', "
+                  "'sqrt_cosine', 'rbf', 'cityblock' or 'chi2' expected, got '",
                   name, "'");
 }
 
@@ -16,6 +23,21 @@ Formula parse_formula(const std::string& name) {
   if (name == "hinge") return Formula::kHinge;
   if (name == "squared_hinge") return Formula::kSquaredHinge;
   STD_TORCH_CHECK(false, "formula: 'hinge' or 'squared_hinge' expected, got '", name, "'");
+}
+
+Term parse_term(const std::string& name) {
+  if (name == "none") return Term::kNone;
+  if (name == "linear") return Term::kLinear;
+  if (name == "square") return Term::kSquare;
+  if (name == "hinge") return Term::kHinge;
+  if (name == "squared_hinge") return Term::kSquaredHinge;
+  if (name == "softplus") return Term::kSoftplus;
+  if (name == "exp") return Term::kExp;
+  if (name == "squared_sigmoid") return Term::kSquaredSigmoid;
+  STD_TORCH_CHECK(false,
+                  "formula: 'none', 'linear', 'square', 'hinge', 'squared_hinge', 'softplus', "
+                  "'exp' or 'squared_sigmoid' expected, got '",
+                  name, "'");
 }
 
 Reduction parse_reduction(const std::string& name) {

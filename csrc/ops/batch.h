@@ -26,6 +26,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 Distance parse_distance(const std::string& name);
 Formula parse_formula(const std::string& name);
+Term parse_term(const std::string& name);
 Reduction parse_reduction(const std::string& name);
 
 // Memory-safety checks only: the messages that users see are the functional layer's.
@@ -114,9 +115,7 @@ class Operand {
           kernels.pack(rows + p * d_, n_ - p, d_, 0, width, panel.data(), norms_.data() + p);
       }
     });
-    const bool difference =
-        with_distance(distance, [](auto d) { return decltype(d)::kDifference; });
-    const bool unit = with_distance(distance, [](auto d) { return decltype(d)::kUnitRows; });
+    const bool difference = is_difference(distance), unit = has_unit_rows(distance);
     for (int64_t i = 0; i < padded; ++i) {
       // A squared distance is at most four times the larger squared norm.
       finite_ = finite_ && std::isfinite(T(4) * norms_[i]);

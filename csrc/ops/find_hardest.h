@@ -23,14 +23,15 @@ struct Minima {
 template <class T>
 class Hardest {
  public:
-  // `exact` compares every pair by exact differences, none by its key.
+  // `exact` compares every pair by exact differences, none by its key. Direct distances have no
+  // other way.
   Hardest(const Batch<T>& batch, Distance distance, bool exact)
       : batch_(batch),
         distance_(distance),
-        exact_(exact),
+        exact_(exact || is_direct(distance)),
         lists_(batch.ref_lists()),
-        tiled_positives_(!exact && batch.large_classes(lists_)),
-        negative_(exact ? 0 : batch.n),
+        tiled_positives_(!exact_ && batch.large_classes(lists_)),
+        negative_(exact_ ? 0 : batch.n),
         positive_(tiled_positives_ ? batch.n : 0) {}
 
   // Writes [2, n]: the positive of every row, then the negatives.

@@ -17,7 +17,7 @@ struct PlainRows {
   Buffer<T> norms;
 
   PlainRows(const Tensor& x, Distance distance) : tensor(rows_as<T>(x)) {
-    if (!with_distance(distance, [](auto d) { return decltype(d)::kUnitRows; })) return;
+    if (!has_unit_rows(distance)) return;
     norms = Buffer<T>(x.size(0));
     std::vector<T> origin(static_cast<size_t>(x.size(1)), T(0));
     std::vector<int32_t> all(static_cast<size_t>(x.size(0)));

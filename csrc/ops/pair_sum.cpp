@@ -11,6 +11,13 @@
 namespace flashmetric {
 namespace {
 
+Distance parse_product_distance(const std::string& name) {
+  const Distance distance = parse_distance(name);
+  STD_TORCH_CHECK(distance <= Distance::kDot, "distance: pair_sum has no '", name,
+                  "', row_sum has it");
+  return distance;
+}
+
 struct Margins {
   double positive, negative;
 };
@@ -195,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_sum_cpu(
     const OptionalTensor& ref_labels, const std::string& distance, const std::string& formula,
     double pos_margin, double neg_margin, bool with_grad, bool with_ref_grad) {
   check_batch(query, query_labels, ref, ref_labels);
-  const Distance which = parse_distance(distance);
+  const Distance which = parse_product_distance(distance);
   const Formula loss = parse_formula(formula);
   return with_accumulate_type(query, [&](auto type) {
     using T = decltype(type);
@@ -236,7 +243,7 @@ std::tuple<Tensor, Tensor> pair_sum_backward_cpu(
     const OptionalTensor& ref, const OptionalTensor& ref_labels, const std::string& distance,
     const std::string& formula, double pos_margin, double neg_margin, bool with_ref_grad) {
   check_batch(query, query_labels, ref, ref_labels);
-  const Distance which = parse_distance(distance);
+  const Distance which = parse_product_distance(distance);
   const Formula loss = parse_formula(formula);
   return with_accumulate_type(query, [&](auto type) {
     using T = decltype(type);

@@ -6,6 +6,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+#include <label_rule.h>
 #include <plan.h>
 #include <stdint.h>
 
@@ -28,8 +29,8 @@ __host__ __device__ __forceinline__ void with_scalar(Scalar scalar, F&& f) {
 
 // Rows as they came, contiguous.
 struct RawRows {
-  const void* data;  // [n, d]
-  const int64_t* labels;
+  const void* data;       // [n, d]
+  const int64_t* labels;  // [n, words]
   int64_t n;
 };
 
@@ -46,8 +47,9 @@ struct PairProblem {
   int64_t d;
   int32_t chunks;
   Scalar scalar;
-  Distance distance;
+  Distance distance;  // not a direct one
   bool self;
+  Labelling labelling;
 };
 
 // Splits rows into prescaled half-precision planes and computes what goes with each of them.
@@ -91,24 +93,5 @@ cudaError_t hardest(const HardestArgs& args, const HardestPlan& plan, int planes
                     cudaStream_t stream);
 // For plans without owners: turns keys into results.
 cudaError_t hardest_finish(const HardestArgs& args, int grid, cudaStream_t stream);
-
-struct PairSumArgs {
-  PairProblem problem;
-  Formula formula;
-  float margin[2];  // of positives, of negatives
-  bool resident;
-  const uint32_t* bad;
-  int32_t bad_count;
-  // Weights of the rows' sums in the objective, [2, n]; null: 1. A pair's weight is that of its
-  // query row plus (self-batch) that of its reference; `weight_by_ref`: of its reference only.
-  const float* weight;
-  bool weight_by_ref;
-  float* sums;      // [2, n]; null: not wanted
-  int64_t* counts;  // [4, n]
-  float* grad;      // [2, n, d], one gradient for positives and one for negatives; or
-  void* grad_sum;   // [n, d], their sum in the dtype of the rows
-};
-cudaError_t pair_sum(const PairSumArgs& args, const TilePlan& plan, int planes,
-                     cudaStream_t stream);
 
 }  // namespace flashmetric::cuda

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four distances for the PyTorch implementations of the ops: every formula once.
+"""The distances for the PyTorch implementations of the ops: every formula once.
 
-All four are functions of one number u that inner products yield::
+Each is a function of one number u of a pair::
 
     difference distances:  u = |x - r|^2 = bias(x) + bias(r) - 2 x.r,  du/dx = 2 (x - r)
     dot:                   u = -2 x.r,                                 du/dx = -2 r
+    direct, cityblock:     u = sum |x - r|,                            du/dx = sign(x - r)
+    direct, chi2:          u = sum (x - r)^2 / (x + r),  du/dx = (x - r) (x + 3 r) / (x + r)^2
 
-``value(u)`` is the distance and ``slope(value)`` its derivative in u. Rows of a "cosine" distance
-have unit length already; the cosine of a zero row is 0 by definition, so its u is 2.
+``value(u)`` is the distance and ``slope(value)`` its derivative in u. Rows of "cosine", "angular"
+and "sqrt_cosine" have unit length already; the cosine of a zero row is 0 by definition, so its u is
+2. Rows of "rbf" were divided by its width.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Literal, ParamSpec, TypeVar, get_args
@@ -17,7 +21,17 @@ from typing import Literal, ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
-Distance = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
+Distance = Literal[
+    "euclidean",
+    "sqeuclidean",
+    "cosine",
+    "dot",
+    "angular",
+    "sqrt_cosine",
+    "rbf",
+    "cityblock",
+    "chi2",
+]
 DISTANCES: tuple[str, ...] = get_args(Distance)
 
 SLAB_ELEMENTS = 1 << 20
@@ -58,9 +72,19 @@ def slabs(rows: int, row_elements: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, rows))
 
 
+def is_direct(distance: str) -> bool:
+    """Whether no inner product yields the distance: it is summed feature by feature."""
+    return distance in ("cityblock", "chi2")
+
+
 def is_difference(distance: str) -> bool:
-    """Whether the distance is a function of x - r (all but "dot")."""
-    return distance != "dot"
+    """Whether the distance is a function of |x - r|^2."""
+    return distance != "dot" and not is_direct(distance)
+
+
+def has_unit_rows(distance: str) -> bool:
+    """Whether the rows are of unit length, and a zero row is at a constant distance."""
+    return distance in ("cosine", "angular", "sqrt_cosine")
 
 
 def squared_norms(x: Tensor) -> Tensor:
@@ -70,22 +94,29 @@ def squared_norms(x: Tensor) -> Tensor:
 
 def bias(norms: Tensor, distance: str) -> Tensor:
     """What a row adds to u, from its squared norm."""
-    if distance == "dot":
+    if not is_difference(distance):
         return torch.zeros_like(norms)
-    if distance == "cosine":
+    if has_unit_rows(distance):
         return norms.masked_fill(norms == 0, 1)
     return norms
 
 
 def value(u: Tensor, distance: str) -> Tensor:
     """Distance from u."""
+    if distance == "dot":
+        return u * 0.5
+    u = u.clamp(min=0)
     if distance == "euclidean":
-        return u.clamp(min=0).sqrt_()
-    if distance == "sqeuclidean":
-        return u.clamp(min=0)
+        return u.sqrt_()
     if distance == "cosine":
-        return u.clamp(min=0).mul_(0.5)
-    return u * 0.5
+        return u.mul_(0.5)
+    if distance == "angular":
+        return u.sqrt_().mul_(0.5).clamp_(max=1).asin_().mul_(2)
+    if distance == "sqrt_cosine":
+        return u.mul_(0.5).sqrt_()
+    if distance == "rbf":
+        return u.neg_().expm1_().neg_()
+    return u
 
 
 def slope(value: Tensor, distance: str) -> Tensor:
@@ -95,7 +126,14 @@ def slope(value: Tensor, distance: str) -> Tensor:
     """
     if distance == "euclidean":
         return (0.5 / value).masked_fill_(value == 0, 0)
-    constant = 1.0 if distance == "sqeuclidean" else 0.5
+    if distance == "sqrt_cosine":
+        return (0.25 / value).masked_fill_(value == 0, 0)
+    if distance == "angular":
+        sine = value.sin()
+        return (0.5 / sine).masked_fill_((value == 0) | (sine <= 0) | (value >= math.pi), 0)
+    if distance == "rbf":
+        return 1 - value
+    constant = 0.5 if distance in ("cosine", "dot") else 1.0
     return torch.full_like(value, constant).masked_fill_(value.isnan(), torch.nan)
 
 
@@ -103,8 +141,13 @@ def exact_u(x: Tensor, r: Tensor, distance: str) -> Tensor:
     """Values of u from paired rows [..., D], without cancellation."""
     if distance == "dot":
         return (x * r).sum(-1).mul_(-2)
+    if distance == "cityblock":
+        return (x - r).abs_().sum(-1)
+    if distance == "chi2":
+        total = x + r
+        return (x - r).square_().div_(total).masked_fill_(total == 0, 0).sum(-1)
     u = (x - r).square_().sum(-1)
-    if distance == "cosine":
+    if has_unit_rows(distance):
         u.masked_fill_(has_zero_row(x, r), 2)
     return u
 
@@ -112,9 +155,14 @@ def exact_u(x: Tensor, r: Tensor, distance: str) -> Tensor:
 def du_dx(x: Tensor, r: Tensor, distance: str) -> Tensor:
     """Gradients of u in x for paired rows [..., D]."""
     if distance == "dot":
-        return r * -2
+        return (r * -2).expand(torch.broadcast_shapes(x.shape, r.shape))
+    if distance == "cityblock":
+        return (x - r).sign_()
+    if distance == "chi2":
+        total = x + r
+        return (x - r).mul_(x + 3 * r).div_(total * total).masked_fill_(total == 0, 0)
     gradient = (x - r).mul_(2)
-    if distance == "cosine":
+    if has_unit_rows(distance):
         gradient.masked_fill_(has_zero_row(x, r).unsqueeze(-1), 0)
     return gradient
 

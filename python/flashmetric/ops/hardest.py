@@ -14,6 +14,7 @@ from flashmetric.ops.distance import (
     exact_u,
     full_precision,
     is_difference,
+    is_direct,
     poison,
     slabs,
     squared_norms,
@@ -78,7 +79,8 @@ def hardest_fallback(
     limit = torch.finfo(x.dtype).max
 
     index = query_labels.new_full((2, n), -1, dtype=torch.int64)
-    if exact:
+    # Where distances are summed feature by feature there is no key.
+    if exact or is_direct(distance):
         values = x.new_zeros((2, n))
         again = torch.arange(n if m else 0, device=x.device)
     else:

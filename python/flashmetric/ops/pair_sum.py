@@ -1,28 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of a pointwise loss over all positive and all negative pairs of every query row."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashmetric._library import library
-from flashmetric.ops.distance import (
-    NEAR,
-    accumulate_dtype,
-    du_dx,
-    exact_u,
-    full_precision,
-    is_difference,
-    poison,
-    slabs,
-    slope,
-    squared_norms,
-    value,
-)
+from flashmetric.ops.distance import accumulate_dtype, full_precision
 from flashmetric.ops.first_order import first_order_only
 from flashmetric.ops.ordered_sum import ordered_sum
+from flashmetric.ops.row_sum import row_sum_backward_fallback, row_sum_fallback
 
 _PAIRS = "Tensor query, Tensor query_labels, Tensor? ref, Tensor? ref_labels, str distance"
 _FORMULA = "str formula, float pos_margin, float neg_margin"
@@ -34,145 +22,6 @@ library.define(
     f"pair_sum_backward(Tensor grad_sums, {_PAIRS}, {_FORMULA}, bool ref_grad=True)"
     " -> (Tensor grad_query, Tensor grad_ref)"
 )
-
-
-class _Batch(NamedTuple):
-    """Both sides of a pair sum in the accumulation dtype."""
-
-    x: Tensor
-    x_moved: Tensor
-    """Rows for products: for differences, near the origin, where the products cancel less."""
-    x_labels: Tensor
-    x_norms: Tensor
-    r: Tensor
-    r_moved: Tensor
-    r_labels: Tensor
-    r_norms: Tensor
-    alone: bool
-    """One self-batch: r is x, and a row is no pair with itself."""
-
-    @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        query_labels: Tensor,
-        ref: Tensor | None,
-        ref_labels: Tensor | None,
-        distance: str,
-    ) -> "_Batch":
-        x = query.to(accumulate_dtype(query.dtype))
-        alone = ref is None or ref_labels is None
-        r = x if ref is None else ref.to(x.dtype)
-        x_moved, r_moved = x, r
-        if is_difference(distance) and r.shape[0]:
-            # Any point will do: a move changes no difference.
-            centre = r.mean(0)
-            x_moved = x - centre
-            r_moved = x_moved if alone else r - centre
-        x_norms = squared_norms(x)
-        return cls(
-            x,
-            x_moved,
-            query_labels,
-            x_norms,
-            r,
-            r_moved,
-            query_labels if ref_labels is None else ref_labels,
-            x_norms if alone else squared_norms(r),
-            alone,
-        )
-
-    def has_pairs(self) -> bool:
-        """Whether there is any pair, positive or negative."""
-        return self.x.shape[0] > self.alone and self.r.shape[0] > 0
-
-    def poison(self) -> Tensor:
-        """0-d tensor: NaN if some row is not finite and there is any pair to show it, else 0."""
-        return poison(self.x_norms, self.r_norms) if self.has_pairs() else self.x.new_zeros(())
-
-
-class _Slab(NamedTuple):
-    """The pairs of a few query rows with all reference rows; matrices are [rows, M]."""
-
-    rows: slice
-    kinds: tuple[Tensor, Tensor]
-    """Which pairs are positives and which are negatives."""
-    loss: Tensor
-    weight: Tensor
-    """Derivative of the loss in u."""
-    near: tuple[Tensor, Tensor]
-    """Row and column numbers of the pairs whose u comes from exact differences."""
-
-
-def _exact_u_listed(
-    x: Tensor, r: Tensor, pairs: tuple[Tensor, Tensor], distance: str
-) -> Iterator[tuple[slice, Tensor]]:
-    i, j = pairs
-    for part in slabs(len(i), x.shape[1]):
-        yield part, exact_u(x[i[part]], r[j[part]], distance)
-
-
-def _slabs(
-    batch: _Batch, distance: str, formula: str, pos_margin: float, neg_margin: float
-) -> Iterator[_Slab]:
-    n, m = batch.x.shape[0], batch.r.shape[0]
-    x_norms, r_norms = batch.x.new_zeros(n), batch.r.new_zeros(m)
-    if is_difference(distance):
-        x_norms, r_norms = squared_norms(batch.x_moved), squared_norms(batch.r_moved)
-    for rows in slabs(n if batch.has_pairs() else 0, m):
-        x = batch.x[rows]
-        same = batch.x_labels[rows, None] == batch.r_labels
-        other = ~same
-        if batch.alone:
-            same[:, rows].fill_diagonal_(False)
-
-        u = torch.addmm(r_norms, batch.x_moved[rows], batch.r_moved.T, alpha=-2)
-        u.add_(x_norms[rows, None])
-        near = same.new_empty((0, 2), dtype=torch.int64)
-        if is_difference(distance):
-            limit = (x_norms[rows, None] + r_norms).mul_(NEAR)
-            near = (u < limit).logical_and_(same | other).nonzero()
-        i, j = near.unbind(1)
-        for part, exact in _exact_u_listed(x, batch.r, (i, j), distance):
-            u[i[part], j[part]] = exact
-        if distance == "cosine":
-            zero_row = (batch.x_norms[rows, None] == 0).logical_or(batch.r_norms == 0)
-            u.masked_fill_(zero_row, 2)
-
-        d = value(u, distance)
-        violation = torch.where(same, d - pos_margin, neg_margin - d)
-        loss = violation.relu()
-        weight = slope(d, distance)
-        weight = torch.where(same, weight, -weight).mul_(violation > 0)
-        if formula == "squared_hinge":
-            weight.mul_(loss).mul_(2)
-            loss = loss.square_()
-        if distance == "cosine":
-            weight.masked_fill_(zero_row, 0)
-        yield _Slab(rows, (same, other), loss, weight, (i, j))
-
-
-def _accumulate(
-    batch: _Batch, slab: _Slab, weight: Tensor, distance: str, grad_x: Tensor, grad_r: Tensor | None
-) -> None:
-    """Add sum(weight * du/dx) to ``grad_x`` and sum(weight * du/dr) to ``grad_r``."""
-    rows, (i, j) = slab.rows, slab.near
-    x, r, out = batch.x_moved[rows], batch.r_moved, grad_x[rows]
-    near_weight = weight[i, j].unsqueeze(1)
-    if len(i):
-        weight = weight.index_put((i, j), weight.new_zeros(()))
-    out.addmm_(weight, r, alpha=-2)
-    if grad_r is not None:
-        grad_r.addmm_(weight.T, x, alpha=-2)
-    if is_difference(distance):
-        out.addcmul_(weight.sum(1, keepdim=True), x, value=2)
-        if grad_r is not None:
-            grad_r.addcmul_(weight.sum(0).unsqueeze(1), r, value=2)
-    for part in slabs(len(i), x.shape[1]):
-        step = du_dx(batch.x[rows][i[part]], batch.r[j[part]], distance).mul_(near_weight[part])
-        out.index_add_(0, i[part], step)
-        if grad_r is not None:
-            grad_r.index_add_(0, j[part], step, alpha=-1)
 
 
 @full_precision
@@ -195,32 +44,10 @@ def pair_sum_fallback(
         active positives and active negatives; the gradients [2, N, D] of the two total sums in
         query and [2, M, D] in ref ([2, 0, D] when ref is None, either when not wanted).
     """
-    batch = _Batch.of(query, query_labels, ref, ref_labels, distance)
-    (n, d), m = batch.x.shape, batch.r.shape[0]
-    grad_refs = with_grad and ref_grad and not batch.alone
-    sums = batch.x.new_zeros((2, n))
-    counts = query_labels.new_zeros((4, n), dtype=torch.int64)
-    grad_x = batch.x.new_zeros((2, n if with_grad else 0, d))
-    grad_r = batch.x.new_zeros((2, m if grad_refs else 0, d))
-    zero = sums.new_zeros(())
-    for slab in _slabs(batch, distance, formula, pos_margin, neg_margin):
-        active = slab.loss > 0
-        for kind, mask in enumerate(slab.kinds):
-            torch.sum(slab.loss.where(mask, zero), 1, out=sums[kind, slab.rows])
-            torch.sum(mask, 1, out=counts[kind, slab.rows])
-            torch.sum(active & mask, 1, out=counts[2 + kind, slab.rows])
-            if with_grad:
-                wanted = grad_r[kind] if grad_refs else None
-                weight = slab.weight.where(mask, zero)
-                _accumulate(batch, slab, weight, distance, grad_x[kind], wanted)
-    if with_grad and batch.alone:
-        # u and the weights are symmetric, so a row receives as much as a reference as it does as
-        # a query.
-        grad_x.mul_(2)
-
-    spoiled = batch.poison()
-    sums = torch.where(counts[:2] > 0, sums + spoiled, 0)
-    return sums, counts, grad_x.add_(spoiled), grad_r.add_(spoiled)
+    terms = _terms(query, formula, pos_margin, neg_margin)
+    pairs = query, query_labels, ref, ref_labels, "equal", distance
+    sums, counts, _, grad_query, grad_ref = row_sum_fallback(*pairs, *terms, with_grad, ref_grad)
+    return sums, counts, grad_query, grad_ref
 
 
 @full_precision
@@ -242,25 +69,18 @@ def pair_sum_backward_fallback(
         Gradients of ``(grad_sums * sums).sum()`` in query and in ref ([0, D] when ref is None or
         ``ref_grad`` is not set), in the dtypes of those.
     """
-    batch = _Batch.of(query, query_labels, ref, ref_labels, distance)
-    grad_x = torch.zeros_like(batch.x, memory_format=torch.contiguous_format)
-    grad_refs = ref_grad and not batch.alone
-    grad_r = batch.r.new_zeros((batch.r.shape[0] if grad_refs else 0, batch.r.shape[1]))
-    for slab in _slabs(batch, distance, formula, pos_margin, neg_margin):
-        factor = torch.zeros_like(slab.weight)
-        for kind, mask in enumerate(slab.kinds):
-            grad = grad_sums[kind, slab.rows, None]
-            if batch.alone:
-                grad = grad + grad_sums[kind]
-            factor = torch.where(mask, grad, factor)
-        weight = factor.mul_(slab.weight)
-        _accumulate(batch, slab, weight, distance, grad_x, grad_r if grad_refs else None)
-    spoiled = batch.poison()
-    grad_x += spoiled
-    grad_r += spoiled
-    if ref is None:
-        return grad_x.to(query.dtype), grad_r.to(query.dtype)
-    return grad_x.to(query.dtype), grad_r.to(ref.dtype)
+    terms = _terms(query, formula, pos_margin, neg_margin)
+    pairs = query, query_labels, ref, ref_labels, "equal", distance
+    return row_sum_backward_fallback(grad_sums, *pairs, *terms, ref_grad)
+
+
+def _terms(
+    query: Tensor, formula: str, pos_margin: float, neg_margin: float
+) -> tuple[str, str, Tensor, Tensor, None]:
+    """Margins as the scales and offsets of a row sum."""
+    parameters = torch.tensor([[1, -1], [-pos_margin, neg_margin]], dtype=torch.float64)
+    scale, offset = parameters.to(query.device, accumulate_dtype(query.dtype)).unsqueeze(2)
+    return formula, formula, scale, offset, None
 
 
 library.impl("pair_sum", pair_sum_fallback, "CompositeExplicitAutograd")
