@@ -5,11 +5,90 @@
 same losses as functions, and :mod:`flashmetric.reference` as textbook formulas to compare with.
 """
 
-from flashmetric import _library, functional, ops, reference
-from flashmetric.losses import ContrastiveLoss, TripletMarginLoss
+from flashmetric import _library, distances, functional, labels, miners, ops, reference
+from flashmetric.functional import pair_loss, pair_weights
+from flashmetric.losses import (
+    AdaptiveWeightedTripletLoss,
+    AngularLoss,
+    BinomialDevianceLoss,
+    CircleLoss,
+    ContrastiveImageTextLoss,
+    ContrastiveLoss,
+    CosineContrastiveLoss,
+    CosineEmbeddingLoss,
+    CosineTargetLoss,
+    ExponentialContrastiveLoss,
+    FastAPLoss,
+    GeneralizedLiftedStructureLoss,
+    InfoNCELoss,
+    LiftedStructureLoss,
+    LMNNLoss,
+    LogisticDistanceLoss,
+    MarginLoss,
+    MultiSimilarityLoss,
+    NCALoss,
+    NPairsLoss,
+    NTXentLoss,
+    PairHingeLoss,
+    PairLoss,
+    QuadrupletLoss,
+    RankedListLoss,
+    SigLIPLoss,
+    SigmoidVerificationLoss,
+    SNRContrastiveLoss,
+    SoftTripletLoss,
+    SupConLoss,
+    TripletMarginLoss,
+    TripletQuotientLoss,
+    TripletRatioLoss,
+    VerificationLoss,
+)
 
 __version__ = "0.1.0"
-__all__ = ["ContrastiveLoss", "TripletMarginLoss", "functional", "ops", "reference"]
+__all__ = [
+    "AdaptiveWeightedTripletLoss",
+    "AngularLoss",
+    "BinomialDevianceLoss",
+    "CircleLoss",
+    "ContrastiveImageTextLoss",
+    "ContrastiveLoss",
+    "CosineContrastiveLoss",
+    "CosineEmbeddingLoss",
+    "CosineTargetLoss",
+    "ExponentialContrastiveLoss",
+    "FastAPLoss",
+    "GeneralizedLiftedStructureLoss",
+    "InfoNCELoss",
+    "LMNNLoss",
+    "LiftedStructureLoss",
+    "LogisticDistanceLoss",
+    "MarginLoss",
+    "MultiSimilarityLoss",
+    "NCALoss",
+    "NPairsLoss",
+    "NTXentLoss",
+    "PairHingeLoss",
+    "PairLoss",
+    "QuadrupletLoss",
+    "RankedListLoss",
+    "SNRContrastiveLoss",
+    "SigLIPLoss",
+    "SigmoidVerificationLoss",
+    "SoftTripletLoss",
+    "SupConLoss",
+    "TripletMarginLoss",
+    "TripletQuotientLoss",
+    "TripletRatioLoss",
+    "VerificationLoss",
+    "distances",
+    "functional",
+    "labels",
+    "miners",
+    "ops",
+    "pair_loss",
+    "pair_weights",
+    "reference",
+]
 
 # The ops are defined by now; the library adds implementations to them.
 _library.load_native()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmetric.labels import Labels
 from flashmetric.ops.distance import DISTANCES
 
 EMBEDDING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -19,12 +20,14 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.bool)
 
 
 class Batch(NamedTuple):
-    """The tensors of a call, checked, labels as int64."""
+    """The tensors of a call, checked, plain labels as int64."""
 
     embeddings: Tensor
     labels: Tensor | None
     ref_emb: Tensor | None
     ref_labels: Tensor | None
+    rule: str = "equal"
+    """How labels are compared, see :mod:`flashmetric.ops.labels`."""
 
 
 def check_number(name: str, value: object) -> None:
@@ -37,6 +40,32 @@ def check_number(name: str, value: object) -> None:
     # A comparison, because math.isfinite() does not take the symbolic numbers of torch.compile.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise unless ``value`` is a real number above 0."""
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_parameter(name: str, value: object) -> None:
+    """Raise unless ``value`` is a real number or, such as a learned one, a tensor of one."""
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        return
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_short(value.dtype)}")
+    if value.ndim:
+        raise ValueError(f"{name} must be a number, got shape {tuple(value.shape)}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer above 0."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -57,15 +86,16 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 def check_distance(distance: object, normalize: object) -> None:
     """Raise unless the options that every loss shares are valid."""
-    check_choice("distance", distance, DISTANCES)
+    if not isinstance(getattr(distance, "kernel", None), str):
+        check_choice("distance", distance, DISTANCES)
     check_flag("normalize", normalize)
 
 
 def check_batch(
     embeddings: Tensor,
-    labels: Tensor | None,
+    labels: Tensor | Labels | None,
     ref_emb: Tensor | None,
-    ref_labels: Tensor | None,
+    ref_labels: Tensor | Labels | None,
     indices_tuple: tuple[Tensor, ...] | None,
 ) -> Batch:
     """Raise unless the tensors of a call fit together."""
@@ -82,15 +112,23 @@ def check_batch(
     elif ref_labels is not None:
         raise ValueError("ref_labels must come with ref_emb; got ref_labels alone")
 
+    rule = ref_rule = "equal"
+    words: Tensor | None = None
+    ref_words: Tensor | None = None
     if labels is not None:
-        labels = _check_labels("labels", labels, "embeddings", embeddings)
+        words, rule = _check_labels("labels", labels, "embeddings", embeddings)
     elif indices_tuple is None:
         raise ValueError("labels must be given unless indices_tuple is; got None")
     if ref_labels is not None and ref_emb is not None:
-        ref_labels = _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        ref_words, ref_rule = _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
+        if words is not None and (ref_rule != rule or ref_words.shape[1:] != words.shape[1:]):
+            raise ValueError(
+                f"ref_labels must be of the kind of labels, {_kind(rule, words)}; "
+                f"got {_kind(ref_rule, ref_words)}"
+            )
     elif ref_emb is not None and indices_tuple is None:
         raise ValueError("ref_labels must be given with ref_emb unless indices_tuple is; got None")
-    return Batch(embeddings, labels, ref_emb, ref_labels)
+    return Batch(embeddings, words, ref_emb, ref_words, rule)
 
 
 def check_indices(
@@ -140,7 +178,19 @@ def _check_same(name: str, what: str, got: object, expected: object) -> None:
         )
 
 
-def _check_labels(name: str, labels: object, rows_name: str, rows: Tensor) -> Tensor:
+def _kind(rule: str, words: Tensor) -> str:
+    return f"rule {rule!r} on {words.shape[1] if words.ndim > 1 else 1} word(s)"
+
+
+def _check_labels(name: str, labels: object, rows_name: str, rows: Tensor) -> tuple[Tensor, str]:
+    if isinstance(labels, Labels):
+        if labels.words.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"{name} must be of {rows.shape[0]} rows, one per row of {rows_name}; "
+                f"got {labels.words.shape[0]}"
+            )
+        _check_same(name, "device", labels.words.device, rows.device)
+        return labels.words, labels.rule
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.ndim != 1 or labels.shape[0] != rows.shape[0]:
@@ -151,7 +201,7 @@ def _check_labels(name: str, labels: object, rows_name: str, rows: Tensor) -> Te
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name} must be int64, int32 or bool, got {_short(labels.dtype)}")
     _check_same(name, "device", labels.device, rows.device)
-    return labels if labels.dtype == torch.int64 else labels.long()
+    return labels if labels.dtype == torch.int64 else labels.long(), "equal"
 
 
 def _check_index(name: str, index: object, rows: int, device: torch.device) -> None:

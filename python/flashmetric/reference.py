@@ -13,11 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flashmetric.functional.dense_pairs import dense
+
 Distance = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
 TripletReduction = Literal["mean", "mean_nonzero", "sum", "none"]
 ContrastiveReduction = Literal["mean", "mean_separate", "mean_nonzero", "sum", "none"]
 
-__all__ = ["contrastive_loss", "pairwise_distance", "triplet_margin_loss"]
+__all__ = ["contrastive_loss", "dense", "pairwise_distance", "triplet_margin_loss"]
 
 
 def pairwise_distance(x: Tensor, r: Tensor, distance: Distance = "euclidean") -> Tensor:

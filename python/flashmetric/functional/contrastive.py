@@ -1,47 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive loss over all pairs, or over given pairs."""
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from flashmetric.checks import (
-    Batch,
-    check_batch,
-    check_choice,
-    check_distance,
-    check_indices,
-    check_number,
-)
-from flashmetric.functional.normalize import normalize_rows
-from flashmetric.ops import PairDistance, PairRows, PairTotal
+from flashmetric.checks import check_choice, check_distance, check_number
+from flashmetric.distances import Metric
+from flashmetric.functional.pair_loss import prepare_pairs
+from flashmetric.functional.pair_reduction import PAIR_REDUCTIONS, PairReduction, reduce_pairs
+from flashmetric.functional.pairs import Term
+from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
-from flashmetric.ops.ordered_sum import ordered_sum
+from flashmetric.ops.terms import Formula
 
 Power = Literal[1, 2]
-Reduction = Literal["mean", "mean_separate", "mean_nonzero", "sum", "none"]
-_POWER, _REDUCTION = get_args(Power), get_args(Reduction)
-_FORMULA = {1: "hinge", 2: "squared_hinge"}
-_pair_distance: Callable[..., Tensor] = PairDistance.apply
-_pair_rows: Callable[..., tuple[Tensor, Tensor]] = PairRows.apply
-_pair_total: Callable[..., tuple[Tensor, Tensor]] = PairTotal.apply
+_POWER = get_args(Power)
+_FORMULA: dict[int, Formula] = {1: "hinge", 2: "squared_hinge"}
 
 
 def contrastive_loss(
     embeddings: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor | Labels | None = None,
     *,
     pos_margin: float = 0.0,
     neg_margin: float = 1.0,
-    distance: Distance = "euclidean",
+    distance: Distance | Metric = "euclidean",
     power: Power = 1,
     scale: float = 1.0,
-    reduction: Reduction = "mean_nonzero",
+    reduction: PairReduction = "mean_nonzero",
     normalize: bool = False,
     ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
+    ref_labels: Tensor | Labels | None = None,
     indices_tuple: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     r"""Contrastive loss over all ordered pairs of different rows.
@@ -67,7 +57,9 @@ def contrastive_loss(
         pos_margin: distance below which a positive pair costs nothing. Default: 0.
         neg_margin: distance above which a negative pair costs nothing. Default: 1.
         distance: ``"euclidean"`` (default), ``"sqeuclidean"``, ``"cosine"`` (1 - cosine, rows are
-            normalised first) or ``"dot"`` (minus the inner product).
+            normalised first), ``"dot"`` (minus the inner product), or another name or object of
+            :mod:`flashmetric.distances`. The margins are in its units: those of a loss on squared
+            distances are margins of squares.
         power: 1 (default) for the hinge, 2 for its square.
         scale: factor on every pair. Default: 1.
         reduction: ``"mean_nonzero"`` (default) is the mean over the positives with a loss above 0
@@ -128,42 +120,24 @@ def contrastive_loss(
     """
     check_contrastive_options(pos_margin, neg_margin, distance, power, scale, reduction, normalize)
     pos_margin, neg_margin, scale = float(pos_margin), float(neg_margin), float(scale)
-    batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
-    if indices_tuple is not None:
-        indices_tuple = check_indices(indices_tuple, embeddings, ref_emb)
-    if normalize or distance == "cosine":
-        refs = None if ref_emb is None else normalize_rows(ref_emb)
-        batch = batch._replace(embeddings=normalize_rows(embeddings), ref_emb=refs)
-
-    if indices_tuple is not None:
-        return _given(
-            batch, indices_tuple, pos_margin, neg_margin, distance, power, scale, reduction
-        )
-    formula = _FORMULA[power]
-    if reduction == "none":
-        sums, _ = _pair_rows(*batch, distance, formula, pos_margin, neg_margin)
-        return scale * sums.sum(0)
-    refs = batch.ref_emb
-    # A memory bank of constant references costs no gradient work.
-    ref_grad = torch.is_grad_enabled() and refs is not None and refs.requires_grad
-    with_grad = ref_grad or (torch.is_grad_enabled() and batch.embeddings.requires_grad)
-    totals, counts = _pair_total(
-        *batch, distance, formula, pos_margin, neg_margin, with_grad, ref_grad
+    pairs = prepare_pairs(
+        embeddings,
+        labels,
+        distance=distance,
+        normalize=normalize,
+        ref_emb=ref_emb,
+        ref_labels=ref_labels,
+        indices_tuple=indices_tuple,
     )
-    if reduction == "sum":
-        return scale * totals.sum()
-    if reduction == "mean":
-        divisor = counts[:2].sum(0, keepdim=True)
-    else:
-        divisor = counts[:2] if reduction == "mean_separate" else counts[2:]
-    weight = scale / divisor.clamp(min=1).to(totals.dtype)
-    return (totals * weight).sum()
+    formula = _FORMULA[power]
+    positive, negative = Term(formula, 1.0, -pos_margin), Term(formula, -1.0, neg_margin)
+    return scale * reduce_pairs(pairs, positive, negative, reduction)
 
 
 def check_contrastive_options(
     pos_margin: float,
     neg_margin: float,
-    distance: str,
+    distance: str | Metric,
     power: int,
     scale: float,
     reduction: str,
@@ -175,41 +149,4 @@ def check_contrastive_options(
     check_distance(distance, normalize)
     check_choice("power", power, _POWER)
     check_number("scale", scale)
-    check_choice("reduction", reduction, _REDUCTION)
-
-
-def _given(
-    batch: Batch,
-    indices: tuple[Tensor, ...],
-    pos_margin: float,
-    neg_margin: float,
-    distance: str,
-    power: int,
-    scale: float,
-    reduction: str,
-) -> Tensor:
-    a1, p, a2, n = indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
-    d = _pair_distance(
-        batch.embeddings, batch.ref_emb, torch.cat((a1, a2)), torch.cat((p, n)), distance
-    )
-    d_pos, d_neg = d.split((len(p), len(n)))
-    pos, neg = (d_pos - pos_margin).relu(), (neg_margin - d_neg).relu()
-    if power == 2:
-        pos, neg = pos.square(), neg.square()
-
-    if reduction == "none":
-        rows = d.new_zeros(batch.embeddings.shape[0])
-        return scale * rows.index_add(0, a1, pos).index_add(0, a2, neg)
-    divisors: tuple[Tensor | int, Tensor | int] = 1, 1
-    if reduction == "mean":
-        divisors = (max(len(p) + len(n), 1),) * 2
-    elif reduction == "mean_separate":
-        divisors = max(len(p), 1), max(len(n), 1)
-    elif reduction == "mean_nonzero":
-        divisors = _active(pos), _active(neg)
-    total: Tensor = ordered_sum(pos) / divisors[0] + ordered_sum(neg) / divisors[1]
-    return scale * total
-
-
-def _active(loss: Tensor) -> Tensor:
-    return (loss > 0).sum().clamp_(min=1)
+    check_choice("reduction", reduction, PAIR_REDUCTIONS)

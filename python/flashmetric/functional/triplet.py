@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triplet margin loss with batch-hard mining, or over given triplets."""
+"""Triplet margin loss over mined triplets, over all triplets of a batch, or over given ones."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -13,18 +13,34 @@ from flashmetric.checks import (
     check_choice,
     check_distance,
     check_flag,
-    check_indices,
     check_number,
 )
+from flashmetric.distances import Metric
+from flashmetric.functional.batch_all import TYPES, Types, batch_all_sums, reduce_sums
+from flashmetric.functional.dense_pairs import recorded_matrices
+from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.normalize import normalize_rows
+from flashmetric.functional.scaled_anchor import prepare_scaled_pairs
+from flashmetric.functional.triplet_selection import spoil, triplet_distances
+from flashmetric.labels import Labels
 from flashmetric.ops import Hardest, HardestTriplets, PairDistance
 from flashmetric.ops.distance import Distance
 from flashmetric.ops.hardest_triplets import reduce_triplets, triplet_hinge
+from flashmetric.ops.terms import Formula
 
-Mining = Literal["batch_hard"]
+Mining = Literal[
+    "batch_hard",
+    "batch_all",
+    "semi_hard",
+    "semi_hard_anchor",
+    "easy_positive",
+    "easy_positive_semi_hard",
+]
 Reduction = Literal["mean", "mean_nonzero", "sum", "none"]
 Empty = Literal["skip", "keep"]
 _MINING, _REDUCTION, _EMPTY = get_args(Mining), get_args(Reduction), get_args(Empty)
+# Those whose rows, once normalised, the op of the hardest triplets takes as they are.
+_FUSED = ("euclidean", "sqeuclidean", "cosine", "dot")
 _hardest: Callable[..., tuple[Tensor, Tensor]] = Hardest.apply
 _hardest_triplets: Callable[..., Tensor] = HardestTriplets.apply
 _pair_distance: Callable[..., Tensor] = PairDistance.apply
@@ -32,24 +48,29 @@ _pair_distance: Callable[..., Tensor] = PairDistance.apply
 
 def triplet_margin_loss(
     embeddings: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor | Labels | None = None,
     *,
     margin: float = 0.2,
-    distance: Distance = "euclidean",
+    distance: Distance | Metric = "euclidean",
     mining: Mining = "batch_hard",
+    type_of_triplets: Types = "all",
     smooth: bool = False,
+    hinge: bool = True,
     swap: bool = False,
+    scale: float = 1.0,
+    anchor_scale: float = 1.0,
     reduction: Reduction = "mean",
     empty: Empty = "skip",
+    max_positives: int | None = None,
     normalize: bool = False,
     exact: bool = False,
     ref_emb: Tensor | None = None,
-    ref_labels: Tensor | None = None,
+    ref_labels: Tensor | Labels | None = None,
     indices_tuple: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    r"""Triplet margin loss over the hardest positive and negative of every anchor.
+    r"""Triplet margin loss over mined triplets, or over all triplets of the batch.
 
-    Equivalent to, without the N x N matrices::
+    As it is by default equivalent to, without the N x N matrices::
 
         d = torch.cdist(embeddings, embeddings)
         same = labels[:, None] == labels
@@ -59,30 +80,52 @@ def triplet_margin_loss(
         loss = (d_ap - d_an + margin)[valid].relu().mean()
 
     .. math::
-        v_a = d(a, p_a) - d(a, n_a) + \text{margin}, \quad
-        \ell_a = \max(v_a, 0) \ \text{ or, if smooth, } \ \log(1 + e^{v_a})
+        v = d(a, p) - d(a, n) + \text{margin}, \quad
+        \ell = \text{scale} \cdot \begin{cases}
+            \max(v, 0) & \\ \log(1 + e^v) & \text{smooth} \\ v & \text{without hinge}
+        \end{cases}
 
     Args:
         embeddings: anchors, shape [N, D], float32, float16, bfloat16 or float64, any strides.
-        labels: class of each anchor, shape [N], int64, int32 or bool. May be None with
-            ``indices_tuple``.
+        labels: class of each anchor, shape [N], int64, int32 or bool, or :class:`Labels`. May be
+            None with ``indices_tuple``.
         margin: how much farther than the positive the negative should be, in the unit of the
             distance. Default: 0.2.
-        distance: ``"euclidean"`` (default), ``"sqeuclidean"``, ``"cosine"`` (1 - cosine, rows are
-            normalised first) or ``"dot"`` (minus the inner product).
-        mining: ``"batch_hard"``, the farthest positive and the nearest negative of each anchor.
-            Ignored with ``indices_tuple``.
+        distance: a name (see :mod:`flashmetric.distances`) or a distance with parameters. Default:
+            ``"euclidean"``. "cosine", "angular" and "sqrt_cosine" normalise the rows themselves.
+        mining: which triplets; ignored with ``indices_tuple``.
+            ``"batch_hard"`` (default): of each anchor the farthest positive and nearest negative.
+            ``"batch_all"``: every triplet there is, counted without being listed.
+            ``"semi_hard"``: every positive pair, with the nearest negative farther than the
+            positive, or with the farthest negative if there is none.
+            ``"semi_hard_anchor"``: of each anchor the farthest positive, and the nearest negative
+            farther than it.
+            ``"easy_positive"``: of each anchor the nearest positive and the nearest negative.
+            ``"easy_positive_semi_hard"``: the nearest positive, and the nearest negative farther
+            than it.
+        type_of_triplets: for ``"batch_all"``, ``"all"`` (default) or only those that are
+            ``"hard"`` (d(a, n) <= d(a, p)), ``"semihard"`` (farther, but by no more than the
+            margin) or ``"easy"`` (farther than that; their hinge is 0).
         smooth: softplus in place of the hinge. Default: False.
+        hinge: False for the bare difference, which has no lower bound. Default: True.
         swap: use the distance of positive and negative where that is smaller than the distance of
-            anchor and negative. Default: False.
-        reduction: ``"mean"`` (default) over all valid anchors or given triplets;
+            anchor and negative; not for ``"batch_all"``. Default: False.
+        scale: factor on every triplet. Default: 1.
+        anchor_scale: compare the rows with anchors this many times as long; not for distances of
+            unit rows. Default: 1.
+        reduction: ``"mean"`` (default) over all valid anchors, mined or given triplets;
             ``"mean_nonzero"`` over those with a loss above 0; ``"sum"``; ``"none"``.
         empty: ``"skip"`` (default) leaves out anchors without a positive or without a negative;
             ``"keep"`` counts every anchor: a missing positive has distance 0, a missing negative is
-            as far as the positive.
+            as far as the positive. ``"semi_hard"`` counts positive pairs; without any negative,
+            ``"keep"`` counts one at distance 0. ``"batch_all"`` has nothing to keep.
+        max_positives: for ``"batch_all"`` and ``"semi_hard"``, how many positives an anchor has at
+            most; if it has more, only the farthest take part. Default: None, they are counted,
+            which waits for the device and cannot be compiled into one graph.
         normalize: scale rows to unit length first, see :func:`normalize_rows`. Default: False.
-        exact: compare every candidate by its exact distance, see Ties and Cost. Ignored with
-            ``indices_tuple``. Default: False.
+        exact: compare every candidate by its exact distance, see Ties and Cost; for
+            ``"batch_hard"`` with plain labels and a distance of two rows' differences or inner
+            product. Ignored with ``indices_tuple``. Default: False.
         ref_emb: rows to take positives and negatives from, shape [M, D], dtype of ``embeddings``.
             Default: the anchors themselves, a row being no pair with itself. Given references
             exclude no pair, whatever object they are.
@@ -92,11 +135,11 @@ def triplet_margin_loss(
             indexes ``embeddings``, ``p`` and ``n`` index ``ref_emb`` if given, else ``embeddings``.
 
     Returns:
-        A scalar; with ``reduction="none"`` shape [N] (0 for skipped anchors) or [T] for T given
-        triplets. float32, or float64 for float64 embeddings. Without any valid triplet it is 0 and
-        back-propagates zeros. NaN or infinite rows, and rows so long that four times the squared
-        length overflows, make the mined loss NaN, also where only skipped anchors found a pair.
-        There are no second derivatives.
+        A scalar; with ``reduction="none"`` shape [N], the sum over the triplets of each anchor (0
+        for skipped ones), or [T] for T given triplets. float32, or float64 for float64 embeddings.
+        Without any valid triplet it is 0 and back-propagates zeros. NaN or infinite rows, and rows
+        so long that four times the squared length overflows, make the mined loss NaN, also where
+        only skipped anchors found a pair. There are no second derivatives.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -123,13 +166,14 @@ def triplet_margin_loss(
         are used as they are. Sums and what enters the loss are float32 (float64 for float64).
 
     Memory:
-        O((N + M) D) besides a slab of fixed size. Joining pairs to triplets takes O(T) and its
-        output shape depends on the data, so that alone does not compile to one graph.
+        O((N + M) D) besides a slab of fixed size; ``"batch_all"`` and ``"semi_hard"`` also O(N P)
+        for P positives of an anchor. Joining pairs to triplets takes O(T) and its output shape
+        depends on the data, so it does not compile to one graph.
 
     Cost:
-        N M D multiply-adds for the mining, half of that without ``ref_emb``. With ``exact`` every
-        pair is measured on its own, from both of its sides, which costs about eight times as much
-        as in a product: mining on a CPU takes 5 to 12 times as long.
+        N M D multiply-adds for ``"batch_hard"``, half of that without ``ref_emb``. With ``exact``
+        every pair is measured on its own, from both of its sides, which costs about eight times as
+        much as in a product: mining on a CPU takes 5 to 12 times as long.
 
     Example:
         >>> import torch
@@ -148,37 +192,82 @@ def triplet_margin_loss(
         convolutional neural networks, BMVC 2016 (swap).
     """
     check_triplet_options(
-        margin, distance, mining, smooth, swap, reduction, empty, normalize, exact
+        margin,
+        distance,
+        mining,
+        type_of_triplets,
+        smooth,
+        hinge,
+        swap,
+        scale,
+        anchor_scale,
+        reduction,
+        empty,
+        max_positives,
+        normalize,
+        exact,
     )
-    margin = float(margin)
-    batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
-    if indices_tuple is not None:
-        triplets = _as_triplets(check_indices(indices_tuple, embeddings, ref_emb))
-    if normalize or distance == "cosine":
-        refs = None if ref_emb is None else normalize_rows(ref_emb)
-        batch = batch._replace(embeddings=normalize_rows(embeddings), ref_emb=refs)
+    margin, scale = float(margin), float(scale)
+    plain = not isinstance(labels, Labels) and not isinstance(ref_labels, Labels)
+    # On explicit matrices nothing is fused, and everything exact.
+    explicit = recorded_matrices() is not None
+    keep, fused = empty == "keep", distance in _FUSED and anchor_scale == 1 and not explicit
+    if fused and plain and mining == "batch_hard" and indices_tuple is None:
+        batch = check_batch(embeddings, labels, ref_emb, ref_labels, None)
+        if normalize or distance == "cosine":
+            refs = None if ref_emb is None else normalize_rows(ref_emb)
+            batch = batch._replace(embeddings=normalize_rows(embeddings), ref_emb=refs)
+        if not swap and hinge and reduction != "none":
+            loss = _hardest_triplets(*batch[:4], distance, margin, smooth, reduction, keep, exact)
+            return _times(scale, loss)
+        d_ap, d_an, valid = _mined(batch, str(distance), swap, keep, exact)
+        violation = d_ap - d_an + margin  # [N]
+        return _times(scale, _reduce(_form(violation, smooth, hinge), valid, reduction))
 
-    valid = None
-    if indices_tuple is None:
-        if not swap and reduction != "none":
-            keep = empty == "keep"
-            return _hardest_triplets(*batch, distance, margin, smooth, reduction, keep, exact)
-        d_ap, d_an, valid = _mined(batch, distance, swap, empty, exact)
-    else:
-        d_ap, d_an = _given(batch, triplets, distance, swap)
-    violation = d_ap - d_an + margin  # [N] or [T]
-    loss = triplet_hinge(violation, smooth)
-    return _reduce(loss, valid, reduction)
+    if exact and indices_tuple is None and not explicit:
+        raise ValueError(
+            "exact must be False except for batch_hard mining of plain labels by "
+            f"{', '.join(_FUSED)}"
+        )
+    pairs = prepare_scaled_pairs(
+        embeddings,
+        labels,
+        float(anchor_scale),
+        distance=distance,
+        normalize=normalize,
+        ref_emb=ref_emb,
+        ref_labels=ref_labels,
+        indices_tuple=indices_tuple,
+    )
+    if mining == "batch_all" and not isinstance(pairs, ListedPairs):
+        formula: Formula = "softplus" if smooth else "hinge" if hinge else "linear"
+        sums = batch_all_sums(pairs, margin, formula, type_of_triplets, max_positives)
+        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        return _times(scale, spoil(pairs, reduce_sums(sums, reduction, dtype)))
+    d_ap, d_an, valid = triplet_distances(
+        pairs, mining, swap=swap, keep=keep, max_positives=max_positives
+    )
+    loss = _form(d_ap - d_an + margin, smooth, hinge)  # [N, K], or [T] given
+    if reduction == "none" and loss.ndim == 2:
+        loss = loss if valid is None else torch.where(valid, loss, 0)
+        return _times(scale, spoil(pairs, loss.sum(1)))
+    valid = None if valid is None else valid.flatten()
+    return _times(scale, spoil(pairs, _reduce(loss.flatten(), valid, reduction)))
 
 
 def check_triplet_options(
     margin: float,
-    distance: str,
+    distance: str | Metric,
     mining: str,
+    type_of_triplets: str,
     smooth: bool,
+    hinge: bool,
     swap: bool,
+    scale: float,
+    anchor_scale: float,
     reduction: str,
     empty: str,
+    max_positives: int | None,
     normalize: bool,
     exact: bool,
 ) -> None:
@@ -186,18 +275,46 @@ def check_triplet_options(
     check_number("margin", margin)
     check_distance(distance, normalize)
     check_choice("mining", mining, _MINING)
+    check_choice("type_of_triplets", type_of_triplets, TYPES)
     check_flag("smooth", smooth)
+    check_flag("hinge", hinge)
     check_flag("swap", swap)
+    check_number("scale", scale)
+    check_number("anchor_scale", anchor_scale)
     check_choice("reduction", reduction, _REDUCTION)
     check_choice("empty", empty, _EMPTY)
+    check_max_positives(max_positives)
     check_flag("exact", exact)
+    if smooth and not hinge:
+        raise ValueError("hinge must be True with smooth, which takes its place")
+    if not hinge and reduction == "mean_nonzero":
+        raise ValueError("reduction must not be 'mean_nonzero' without hinge: nothing is 0")
+    if type_of_triplets != "all" and (mining != "batch_all" or smooth):
+        raise ValueError(
+            f"type_of_triplets must be 'all' except for batch_all mining without smooth; "
+            f"got {type_of_triplets!r}"
+        )
+    if swap and mining == "batch_all":
+        raise ValueError("swap must be False with batch_all mining")
+
+
+def check_max_positives(max_positives: object) -> None:
+    """Raise unless it is None or a number of positives."""
+    if max_positives is None:
+        return
+    if not isinstance(max_positives, int) or isinstance(max_positives, bool):
+        raise TypeError(
+            f"max_positives must be an integer or None, got {type(max_positives).__name__}"
+        )
+    if max_positives < 1:
+        raise ValueError(f"max_positives must be at least 1, got {max_positives}")
 
 
 def _mined(
-    batch: Batch, distance: str, swap: bool, empty: str, exact: bool
+    batch: Batch, distance: str, swap: bool, keep: bool, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Distances of the hardest pairs of each anchor, and which anchors count (None: all)."""
-    index, values = _hardest(*batch, distance, exact)
+    index, values = _hardest(*batch[:4], distance, exact)
     d_ap, d_an = values.unbind()
     found = index >= 0
     complete = found.all(0)
@@ -205,37 +322,17 @@ def _mined(
         refs = batch.embeddings if batch.ref_emb is None else batch.ref_emb
         d_pn = _pair_distance(refs, None, index[0], index[1], distance)
         d_an = torch.where((d_pn < d_an).logical_and_(complete), d_pn, d_an)
-    if empty == "keep":
+    if keep:
         return d_ap, torch.where(found[1], d_an, d_ap), None
     return d_ap, d_an, complete
 
 
-def _given(
-    batch: Batch, triplets: tuple[Tensor, Tensor, Tensor], distance: str, swap: bool
-) -> tuple[Tensor, Tensor]:
-    a, p, n = triplets
-    x, r = batch.embeddings, batch.ref_emb
-    pairs = _pair_distance(x, r, torch.stack((a, a)), torch.stack((p, n)), distance)
-    d_ap, d_an = pairs.unbind()
-    if swap:
-        d_pn = _pair_distance(x if r is None else r, None, p, n, distance)
-        d_an = torch.where(d_pn < d_an, d_pn, d_an)
-    return d_ap, d_an
+def _form(violation: Tensor, smooth: bool, hinge: bool) -> Tensor:
+    return triplet_hinge(violation, smooth) if hinge else violation
 
 
-def _as_triplets(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets as given, or every positive pair with every negative pair of its anchor."""
-    if len(indices) == 3:
-        a, p, n = indices
-        return a, p, n
-    a1, p, a2, n = indices
-    sorted_a2, order = a2.sort(stable=True)
-    begin = torch.searchsorted(sorted_a2, a1)
-    count = torch.searchsorted(sorted_a2, a1, right=True) - begin
-    pair = torch.arange(len(a1), device=a1.device).repeat_interleave(count)
-    # The numbers of a pair's partners, 0 to count - 1, after each other for all pairs.
-    partner = torch.arange(len(pair), device=a1.device) - (count.cumsum(0) - count)[pair]
-    return a1[pair], p[pair], n[order[begin[pair] + partner]]
+def _times(scale: float, loss: Tensor) -> Tensor:
+    return loss if scale == 1 else scale * loss
 
 
 def _reduce(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
