@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bench import loss_table
 from bench.cases import Case, grid
 from bench.contenders import CONTENDERS
 from bench.machine import cpu_model, describe_machine, load_average, slug
@@ -17,7 +18,7 @@ from bench.plot import plot
 from bench.probes import large_memory, tile_rate
 from bench.report import markdown_report, text_report, write_csv
 from bench.suite import Options, Suite, say
-from bench.targets import LARGE_FEATURES, LARGE_ROWS, evaluate
+from bench.targets import LARGE_FEATURES, LARGE_ROWS, evaluate, evaluate_losses
 
 BUDGETS = {"quick": 0.25, "default": 0.8, "full": 1.0}
 
@@ -28,6 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--quick", action="store_true", help="two sizes, under two minutes")
     scope.add_argument("--full", action="store_true", help="the whole grid of N and D, hours")
+    parser.add_argument("--losses", action="store_true", help="one line for every loss instead")
     parser.add_argument("--only", choices=("triplet", "contrastive"), help="one loss")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dims", type=int, nargs="+", metavar="D", help="numbers of features")
@@ -91,12 +93,15 @@ def write(
 ) -> list[Path]:
     """Writes CSV, Markdown and plots, and prints the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes = evaluate(suite.rows)
+    of_losses = any(row.kernel in loss_table.builds("ours") for row in suite.rows)
+    outcomes = evaluate_losses(suite.rows) if of_losses else evaluate(suite.rows)
     print(text_report(header, suite.rows, outcomes))
     gate = [f"{k}: {name}: {v.text}" for (k, name), v in suite.verdicts.items()]
     written = [folder / f"{stem}.csv", folder / f"{stem}.md"]
     write_csv(written[0], suite.rows)
     written[1].write_text(markdown_report(header, gate, suite.rows, outcomes, command))
+    if of_losses:
+        return written  # a plot needs more than one size
     subtitle = f"{header['processor']}, {header['threads used']} threads, {header['date']}"
     try:
         for kernel in dict.fromkeys(row.kernel for row in suite.rows if row.metric == "time"):
@@ -131,13 +136,18 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"warning: the load average is {load_before}; other work on the machine skews ratios")
     peaks: list[Peak] = []
     try:
-        run(suite, grid(options.only, options.sizes, options.dims, scope))
-        if not options.no_probes:
+        if options.losses:
+            cases = loss_table.grid((options.dims or [128])[0], options.quick)
+        else:
+            cases = grid(options.only, options.sizes, options.dims, scope)
+        run(suite, cases)
+        if not options.no_probes and not options.losses:
             peaks = probe(suite, scope, options.only)
     except KeyboardInterrupt:
         say("interrupted: the report holds what was measured until now")
     header = describe_machine(options.threads, peaks, load_before)
     stem = f"{slug(cpu_model())}-{header['date']}" + ("" if scope == "default" else f"-{scope}")
+    stem += "-losses" if options.losses else ""
     shown = [a for a in sys.argv[1:] if not Path(a).is_absolute()] if arguments is None else []
     command = shlex.join(["python", "-m", "bench", *shown])
     for path in write(suite, header, options.out, stem, command):

@@ -21,16 +21,19 @@ class Case:
     """One problem: a loss at one size.
 
     Attributes:
-        kernel: ``"triplet"``, ``"contrastive"``, or ``"hardest"`` (the bare mining operator).
+        kernel: ``"triplet"``, ``"contrastive"``, ``"hardest"`` (the bare mining operator), or the
+            class of a loss of ``loss_table``.
         n: Batch size.
         d: Features per embedding.
         activity: Key of ``ACTIVE_SHARE``; only contrastive cases have one.
+        per_class: Rows per class.
     """
 
     kernel: str
     n: int
     d: int
     activity: str = ""
+    per_class: int = SAMPLES_PER_CLASS
 
     @property
     def title(self) -> str:
@@ -49,7 +52,8 @@ class Setting:
 
     Attributes:
         margin: Triplet margin, or the margin of the negative pairs.
-        active: Share of triplets (or of negative pairs) with a loss above zero.
+        active: Share of triplets (or of negative pairs) with a loss above zero; of neither for the
+            losses of the table, whose margins are their own.
     """
 
     margin: float
@@ -57,7 +61,7 @@ class Setting:
 
 
 def draw(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draws unit embeddings around one centre per class, eight rows per class, rows shuffled.
+    """Draws unit embeddings around one centre per class, rows shuffled.
 
     Args:
         case: Its size is used.
@@ -67,11 +71,11 @@ def draw(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
         Embeddings [N, D], float32, and labels [N], int64.
     """
     generator = torch.Generator().manual_seed(seed)
-    classes = -(-case.n // SAMPLES_PER_CLASS)
+    classes = -(-case.n // case.per_class)
     centres = torch.nn.functional.normalize(torch.randn(classes, case.d, generator=generator))
     # Tight and loose classes: some anchors satisfy the margin and some do not, at every D.
     spread = 0.3 + 1.5 * torch.rand(classes, 1, generator=generator)
-    labels = torch.arange(case.n) // SAMPLES_PER_CLASS
+    labels = torch.arange(case.n) // case.per_class
     noise = torch.randn(case.n, case.d, generator=generator) / case.d**0.5
     x = torch.nn.functional.normalize(centres[labels] + spread[labels] * noise)
     order = torch.randperm(case.n, generator=generator)
@@ -87,6 +91,8 @@ def settle(case: Case) -> Setting:
     Returns:
         Margin and active share, from at most 256 anchors against all rows.
     """
+    if case.kernel not in ("triplet", "contrastive", "hardest"):
+        return Setting(0.0, float("nan"))
     x, labels = draw(case)
     anchors = slice(0, min(case.n, 256))
     distance = torch.cdist(x[anchors], x)  # [A, N]

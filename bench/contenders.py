@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bench import loss_table
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 OURS = "flashmetric"
 BARE = "bare x @ x.T"
@@ -193,12 +195,17 @@ CONTENDERS = (
             "triplet": flashmetric_triplet,
             "contrastive": flashmetric_contrastive,
             "hardest": flashmetric_hardest,
+            **loss_table.builds("ours"),
         },
         env={"FLASHMETRIC_REQUIRE_NATIVE": "1"},
     ),
     Contender(
         "flashmetric fallback",
-        {"triplet": flashmetric_triplet, "contrastive": flashmetric_contrastive},
+        {
+            "triplet": flashmetric_triplet,
+            "contrastive": flashmetric_contrastive,
+            **loss_table.builds("ours"),
+        },
         env={"FLASHMETRIC_BACKEND": "python", "FLASHMETRIC_REQUIRE_NATIVE": "0"},
     ),
     Contender("torch best", {"triplet": best_triplet, "contrastive": plain_contrastive}),
@@ -211,20 +218,24 @@ CONTENDERS = (
     ),
     Contender(
         "pytorch-metric-learning",
-        {"triplet": pml_triplet, "contrastive": pml_contrastive},
+        {"triplet": pml_triplet, "contrastive": pml_contrastive, **loss_table.builds("pml")},
         preload=("pytorch_metric_learning.losses", "pytorch_metric_learning.miners"),
         package="pytorch-metric-learning",
     ),
     Contender(
         "sentence-transformers",
-        {"triplet": sentence_transformers_triplet},
+        {"triplet": sentence_transformers_triplet, **loss_table.builds("sentence_transformers")},
         python="st",
         preload=("sentence_transformers.sentence_transformer.losses",),
         package="sentence-transformers",
     ),
     Contender(
         BARE,
-        {"triplet": bare_product, "contrastive": bare_product},
+        {
+            "triplet": bare_product,
+            "contrastive": bare_product,
+            **{line.kernel: bare_product for line in loss_table.LINES},
+        },
         differentiable=False,
     ),
 )

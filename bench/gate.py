@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Correctness gate: a contender whose loss or gradient is wrong is not timed.
 
-The truth is written out again here, in float64 and from coordinate differences, so that it shares
-no code with any contender.
+The truth of the triplet and the contrastive loss is written out again here, in float64 and from
+coordinate differences, so that it shares no code with any contender. That of the other losses is
+the package's dense reference in float64, which the tests hold against loops over the formulas; a
+peer that disagrees with it computes another function, and is not timed.
 """
 
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench import loss_table
 from bench.cases import Case
 
 # D is no multiple of a vector width and N none of a tile.
@@ -35,6 +38,9 @@ class Verdict:
 
 def gate_case(kernel: str) -> Case:
     """The small case on which a kernel is judged."""
+    for line in loss_table.LINES:
+        if line.kernel == kernel:
+            return Case(kernel, GATE_ROWS, GATE_FEATURES, per_class=min(line.per_class, 8))
     return Case(kernel, GATE_ROWS, GATE_FEATURES, "half" if kernel == "contrastive" else "")
 
 
@@ -61,7 +67,7 @@ def truth(kernel: str, x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor
     """Computes a kernel's result and gradient in float64.
 
     Args:
-        kernel: ``"triplet"``, ``"contrastive"`` or ``"hardest"``.
+        kernel: ``"triplet"``, ``"contrastive"``, ``"hardest"`` or a line of the table of losses.
         x: Embeddings.  # [N, D]
         labels: Classes.  # [N]
         margin: Margin of the loss.
@@ -72,6 +78,9 @@ def truth(kernel: str, x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor
     x = x.detach().double().requires_grad_()
     if kernel == "hardest":
         return true_hardest(x, labels).detach(), None
+    for line in loss_table.LINES:
+        if line.kernel == kernel:
+            return dense_truth(loss_table.ours(line), x, labels)
     if kernel == "triplet":
         positive, negative = true_hardest(x, labels)
         loss = torch.relu(positive - negative + margin).mean()
@@ -84,6 +93,18 @@ def truth(kernel: str, x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor
             loss = loss + terms[terms > 0].mean()
     loss.backward()
     return loss.detach(), x.grad
+
+
+def dense_truth(loss: loss_table.Loss, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient by the package's reference on the whole matrix of distances."""
+    from flashmetric.reference import dense
+
+    if isinstance(loss, torch.nn.Module):
+        loss = loss.double()
+    with dense():
+        value = loss(x, labels)
+    value.backward()
+    return value.detach(), x.grad
 
 
 def relative(ours: Tensor, expected: Tensor) -> float:

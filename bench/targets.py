@@ -87,6 +87,30 @@ TARGETS = (
     Target("triplet", 256, 128, PLAIN, 4),
     Target("triplet", 256, 128, PML, 10),
 )
+ST = "sentence-transformers"
+LOSS_TARGETS = (
+    *(
+        target
+        for loss in ("InfoNCELoss", "SupConLoss", "MultiSimilarityLoss")
+        for target in (
+            Target(loss, 4096, 128, PML, 10),
+            Target(loss, 4096, 128, BARE, 1.2, at_most=True),
+        )
+    ),
+    Target("NTXentLoss", 512, 128, PML, 500),
+    Target("batch-all triplet", 512, 128, ST, 20),
+    *(
+        Target(loss, 2048, 128, PML, 5)
+        for loss in (
+            "LiftedStructureLoss",
+            "NPairsLoss",
+            "RankedListLoss",
+            "FastAPLoss",
+            "MarginLoss",
+        )
+    ),
+)
+BATCH_ALL_MIB = 100.0
 PEAK_SHARE = 0.70
 EMBEDDING_MULTIPLE = 4.0
 LARGE_ROWS, LARGE_FEATURES = 32768, 128
@@ -161,3 +185,24 @@ def evaluate(rows: list[Row]) -> list[Outcome]:
     """
     outcomes = [target.evaluate(rows) for target in TARGETS]
     return outcomes + peak_outcomes(rows) + memory_outcomes(rows)
+
+
+def evaluate_losses(rows: list[Row]) -> list[Outcome]:
+    """Evaluates the targets of the table of losses.
+
+    Args:
+        rows: Rows of the run.
+
+    Returns:
+        One outcome per target, those without a measurement included.
+    """
+    outcomes = [target.evaluate(rows) for target in LOSS_TARGETS]
+    kernel, n, d = "batch-all triplet", 4096, 128
+    text = f"{kernel} {STEP} N={n} D={d}: extra memory below {BATCH_ALL_MIB:g} MiB"
+    row = lookup(rows, kernel, OURS, STEP, "extra memory", n, d)
+    if row is None or row.p50 is None:
+        outcomes.append(Outcome(text, row.note if row else "not part of this run", None))
+    else:
+        figure = f"{row.p50:.0f} MiB"
+        outcomes.append(compare(text, row.p50, BATCH_ALL_MIB, True, figure))
+    return outcomes
