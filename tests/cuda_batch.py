@@ -14,8 +14,14 @@ from ptx_interpreter import Struct, Uninitialised, launch, parse
 from ptx_interpreter.compile import CSRC, compile_ptx
 
 Array = NDArray[Any]
-DISTANCE = {"euclidean": 0, "sqeuclidean": 1, "cosine": 2, "dot": 3}
-FORMULA = {"hinge": 0, "squared_hinge": 1}
+DISTANCE = {
+    name: number
+    for number, name in enumerate(
+        ["euclidean", "sqeuclidean", "cosine", "dot", "angular", "sqrt_cosine", "rbf"]
+    )
+}
+RULE = {"equal": 0, "any": 1, "group": 2}
+GROUP = {"a": 0, "s": 1, "d": 2}
 REDUCTION = {"mean": 0, "mean_nonzero": 1, "sum": 2}
 META = np.dtype([("bias", "f4"), ("scale", "f4"), ("label", "i8")])
 
@@ -78,6 +84,7 @@ class Batch:
         ref_labels: Array | None = None,
         *,
         distance: str = "euclidean",
+        rule: str = "equal",
         planes: int = 2,
         arch: str = "sm_90",
         limits: DeviceLimits = H100,
@@ -92,7 +99,7 @@ class Batch:
         if ref is not None and ref_labels is not None:
             self.ref = Side(np.ascontiguousarray(ref), ref_labels, planes, self.chunks)
         self.m = len(self.ref.rows)
-        self.distance = distance
+        self.distance, self.rule = distance, rule
         self.keys = Uninitialised(np.empty((2, self.query.padded), np.uint64))
         self.counter = Uninitialised(np.empty(1, np.uint32))
         total = self.query.padded + (0 if self.alone else self.ref.padded)
@@ -105,6 +112,8 @@ class Batch:
         launch(kernel, [args], grid=(grid,), block=128)
 
     def problem(self) -> Struct:
+        groups = self.rule[6:] or "aa"
+        words = self.query.labels.shape[1] if self.query.labels.ndim == 2 else 1
         return Struct(
             [
                 self.query.raw(),
@@ -116,6 +125,13 @@ class Batch:
                 np.int32(SCALAR[self.query.rows.dtype]),
                 np.int32(DISTANCE[self.distance]),
                 np.bool_(self.alone),
+                Struct(
+                    [
+                        np.int32(RULE[self.rule.partition(":")[0]]),
+                        np.int32(words),
+                        [np.int32(GROUP[group]) for group in groups],
+                    ]
+                ),
             ]
         )
 
@@ -209,53 +225,4 @@ class Batch:
                 shared_buffers=shared,
                 seed=seed,
             )
-        return {name: buffer.array for name, buffer in result.items()}
-
-    def pair_sum(
-        self,
-        *,
-        formula: str = "hinge",
-        margins: tuple[float, float] = (0.5, 3.0),
-        grad: str | None = "separate",
-        weight: Array | None = None,
-        weight_by_ref: bool = False,
-        seed: int = 0,
-    ) -> dict[str, Array]:
-        """Run pair_sum; ``grad``: "separate" per kind, "sum" in the rows' dtype, or None."""
-        chosen: Launch = plan().fm_plan_pair_sum(
-            self.planes, self.n, self.d, int(grad is not None), self.limits
-        )
-        assert chosen.fits
-        result: dict[str, Uninitialised] = {}
-        if weight is None:
-            result["sums"] = Uninitialised(np.empty((2, self.n), np.float32))
-            result["counts"] = Uninitialised(np.empty((4, self.n), np.int64))
-        if grad == "separate":
-            result["grad"] = Uninitialised(np.empty((2, self.n, self.d), np.float32))
-        if grad == "sum":
-            result["grad"] = Uninitialised(np.empty_like(self.query.rows))
-        args = Struct(
-            [
-                self.problem(),
-                np.int32(FORMULA[formula]),
-                [np.float32(margins[0]), np.float32(margins[1])],
-                np.bool_(chosen.resident),
-                *self.bad_members(),
-                weight,
-                np.bool_(weight_by_ref),
-                result.get("sums"),
-                result.get("counts"),
-                result["grad"] if grad == "separate" else None,
-                result["grad"] if grad == "sum" else None,
-            ]
-        )
-        module = kernels("pair_sum", self.arch, self.defines)
-        launch(
-            module.find(f"pair_sum_kernelILi{self.planes}ELb{int(grad is not None)}"),
-            [args],
-            grid=(chosen.grid_x, chosen.grid_y),
-            block=chosen.threads,
-            smem_bytes=chosen.smem,
-            seed=seed,
-        )
         return {name: buffer.array for name, buffer in result.items()}

@@ -235,106 +235,6 @@ HARDEST = [
     ),
 ]
 
-PAIR_SUM = [
-    mutant(
-        "sums unscaled by the change",
-        "growth",
-        "back_product.cuh",
-        "out_[kind][b][e] *= change[e / 2];",
-        ";",
-    ),
-    mutant(
-        "exact gradients leave weights unfitted",
-        "near_first",
-        "back_product.cuh",
-        "(old <= 0.0f ||",
-        "(old == 0.0f ||",
-    ),
-    mutant(
-        "no barrier after weights are stored",
-        "sums",
-        "back_product.cuh",
-        "store_weights(kind, weights, positives);\n        __syncthreads();",
-        "store_weights(kind, weights, positives);",
-    ),
-    mutant(
-        "the low plane of weights ignored",
-        "sums",
-        "back_product.cuh",
-        "            mma_f16(c, a[1], r[0][half * 2], r[0][half * 2 + 1]);\n",
-    ),
-    mutant(
-        "the rotation of another part",
-        "sums",
-        "back_product.cuh",
-        "return begin + count == chunks ? 0 : begin + count;",
-        "return begin;",
-    ),
-    mutant(
-        "near pairs counted by each column warp",
-        "near_first",
-        "pair_sum.cuh",
-        "sweep_.lane() == lane && warp_col == sweep_.warp_col();",
-        "sweep_.lane() == lane;",
-    ),
-    mutant(
-        "negatives pull, too",
-        "sums",
-        "pair_sum.cuh",
-        "if (h != 0.0f) h *= share_of(i, j, same) * (same ? 1.0f : -1.0f);",
-        "if (h != 0.0f) h *= share_of(i, j, same);",
-    ),
-    mutant(
-        "near negatives pull, too",
-        "near_first",
-        "pair_sum.cuh",
-        "h *= share_of(i, j, same) * (same ? 1.0f : -1.0f);\n        if (sweep_",
-        "h *= share_of(i, j, same);\n        if (sweep_",
-    ),
-    mutant(
-        "weights of the rows",
-        "growth",
-        "pair_sum.cuh",
-        "args_.problem.ref.n + j];",
-        "args_.problem.ref.n + i];",
-    ),
-    mutant(
-        "a row is its own positive",
-        "sums",
-        "pair_sum.cuh",
-        "j < args_.problem.ref.n && !(args_.problem.self && i == j);",
-        "j < args_.problem.ref.n;",
-    ),
-    mutant(
-        "padding counts",
-        "sums",
-        "pair_sum.cuh",
-        "j < args_.problem.ref.n && !(args_.problem.self && i == j);",
-        "!(args_.problem.self && i == j);",
-    ),
-    mutant(
-        "small margins skip near pairs",
-        "small_margin",
-        "pair_sum.cuh",
-        "any = any || u < bound || close || same;",
-        "any = any || u < bound || same;",
-    ),
-    mutant(
-        "column warps add at the same time",
-        "sums",
-        "pair_sum.cu",
-        "++warp) {\n    __syncthreads();",
-        "++warp) {",
-    ),
-    mutant(
-        "gradients overwritten while they are read",
-        "sums",
-        "pair_sum.cu",
-        "    __syncthreads();\n    rows.back().store(",
-        "    rows.back().store(",
-    ),
-]
-
 PLAN = [
     mutant(
         "512 bytes of shared memory too few",
@@ -345,4 +245,4 @@ PLAN = [
     ),
 ]
 
-MUTANTS = [*SWEEP, *LAYOUT, *PREPARE, *HARDEST, *PAIR_SUM, *PLAN]
+MUTANTS = [*SWEEP, *LAYOUT, *PREPARE, *HARDEST, *PLAN]

@@ -2,7 +2,7 @@
 // The launch numbers of the kernels for listed pairs and of the slab engine, for tests that have no
 // GPU: the functions that the launchers call.
 #include <flashmetric/cuda_pairs.h>
-#include <slab.cuh>
+#include <flashmetric/cuda_select.h>
 
 using namespace flashmetric::cuda;
 
@@ -28,6 +28,7 @@ int product_threads() { return kProductThreads; }
 int64_t slab_rows_of(int64_t n, int64_t m, int64_t d) { return plan_slab_rows(n, m, d); }
 int64_t slab_near_words(int64_t m) { return near_words(m); }
 int64_t slab_part_bytes() { return sizeof(SlabPart); }
+int64_t swept_thresholds() { return kSweptThresholds; }
 
 void product_plan(int64_t m, int64_t n, int64_t* out) {
   const ProductPlan plan = plan_product(m, n);

@@ -73,7 +73,7 @@ def plan() -> ctypes.CDLL:
     signatures = {
         "fm_plan_hardest": (Launch, [ctypes.c_int, i64, i64, i64, ctypes.c_int, limits]),
         "fm_plan_hardest_shared": (Launch, [ctypes.c_int, i64, i64, i64, ctypes.c_int, limits]),
-        "fm_plan_pair_sum": (Launch, [ctypes.c_int, i64, i64, ctypes.c_int, limits]),
+        "fm_plan_row_sum": (Launch, [ctypes.c_int, i64, i64, ctypes.c_int, limits]),
         "fm_plan_rows": (ctypes.c_int, [i64]),
         "fm_chunks": (i64, [i64]),
         "fm_owner_rows": (i64, []),

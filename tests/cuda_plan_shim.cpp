@@ -41,8 +41,8 @@ Launch fm_plan_hardest_shared(int planes, int64_t n, int64_t m, int64_t d, int s
   return launch;
 }
 
-Launch fm_plan_pair_sum(int planes, int64_t n, int64_t d, int with_grad, DeviceLimits device) {
-  return launch_of(plan_pair_sum(planes, n, d, with_grad != 0, device));
+Launch fm_plan_row_sum(int planes, int64_t n, int64_t d, int with_grad, DeviceLimits device) {
+  return launch_of(plan_row_sum(planes, n, d, with_grad != 0, device));
 }
 
 int fm_plan_rows(int64_t rows) { return plan_rows(rows); }

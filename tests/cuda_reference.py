@@ -14,6 +14,7 @@ Array = NDArray[Any]
 EPS = 2.0**-23
 TINY = 2.0**-149
 NEAR = 1 / 1024
+IGNORED = -(2**63)
 # Errors of the planes: two carry 22 bits; a weight of one plane is rounded to half precision.
 WEIGHT_EPS = {1: 2.0**-10, 2: 2.0**-20}
 
@@ -34,14 +35,42 @@ def value_of(u: Array, distance: str) -> Array:
     if distance == "dot":
         return 0.5 * u
     u = np.maximum(u, 0)
-    return {"euclidean": np.sqrt(u), "sqeuclidean": u, "cosine": 0.5 * u}[distance]
+    return {
+        "euclidean": np.sqrt,
+        "sqeuclidean": np.positive,
+        "cosine": lambda u: 0.5 * u,
+        "angular": lambda u: 2 * np.arcsin(np.minimum(np.sqrt(u) / 2, 1)),
+        "sqrt_cosine": lambda u: np.sqrt(u / 2),
+        "rbf": lambda u: -np.expm1(-u),
+    }[distance](u)
 
 
 def slope_of(value: Array, distance: str) -> Array:
     """Derivative of the distance in u."""
-    if distance == "euclidean":
-        return np.where(value == 0, 0, 0.5 / np.where(value == 0, 1, value))
+    if distance in ("euclidean", "sqrt_cosine"):
+        half = 0.5 if distance == "euclidean" else 0.25
+        return np.where(value == 0, 0, half / np.where(value == 0, 1, value))
+    if distance == "angular":
+        sine = np.sin(value)
+        return np.where(sine <= 0, 0, 0.5 / np.where(sine <= 0, 1, sine))
+    if distance == "rbf":
+        return 1 - value
     return np.full_like(value, 1.0 if distance == "sqeuclidean" else 0.5)
+
+
+def pair_kinds(labels: Array, ref_labels: Array, rule: str) -> list[Array]:
+    """Masks of the positives and of the negatives, as ops/labels.py has them."""
+    x, r = (a.reshape(len(a), -1) for a in (labels, ref_labels))
+    known = (x[:, :1] != IGNORED) & (r[:, 0] != IGNORED)
+    if rule.startswith("group"):
+        same, groups = x[:, :1] == r[:, 0], x[:, 1:] == r[:, 1]
+        allowed = {"a": known, "s": known & groups, "d": known & ~groups}
+        return [allowed[rule[-2]] & same, allowed[rule[-1]] & ~same]
+    if rule == "any":
+        same = ((x[:, None] & r[None]) != 0).any(2)
+    else:
+        same = (x[:, None] == r[None]).all(2)
+    return [same & known, ~same & known]
 
 
 class Pairs:
@@ -50,22 +79,22 @@ class Pairs:
     def __init__(self, batch: Batch, operand_eps: float = 0.0) -> None:
         self.distance = batch.distance
         self.x, self.r = widen(batch.query.rows), widen(batch.ref.rows)
-        self.same = batch.query.labels[:, None] == batch.ref.labels[None]
-        own = np.eye(*self.same.shape, dtype=bool) & batch.alone
-        self.kinds = [self.same & ~own, ~self.same]
+        own = np.eye(batch.n, batch.m, dtype=bool) & batch.alone
+        kinds = pair_kinds(batch.query.labels, batch.ref.labels, batch.rule)
+        self.kinds = [mask & ~own for mask in kinds]
         a, b = (self.x**2).sum(1), (self.r**2).sum(1)
         size = a[:, None] + b[None]
         steps = 4 + batch.d / 64
         if self.distance == "dot":
             self.u = -2 * self.x @ self.r.T
-            near = np.zeros_like(self.same)
+            near = np.zeros_like(own)
             self.exact_error = steps * EPS * np.abs(self.x) @ np.abs(self.r.T)
         else:
             self.u = np.stack([((row - self.r) ** 2).sum(1) for row in self.x])
             near = self.u < NEAR / 2 * size
             self.exact_error = steps * EPS * self.u
-        self.flat = np.zeros_like(self.same)
-        if self.distance == "cosine":
+        self.flat = np.zeros_like(own)
+        if self.distance in ("cosine", "angular", "sqrt_cosine"):
             self.flat = (a == 0)[:, None] | (b == 0)[None]
             self.u[self.flat] = 2
         floor = (batch.d + 4) * TINY
@@ -291,7 +320,10 @@ def problem(
 
     def side(count: int) -> tuple[Array, Array]:
         x = rng.standard_normal((count, d))
-        x = unit(x) if distance == "cosine" else x
+        if distance in ("cosine", "angular", "sqrt_cosine"):
+            x = unit(x)
+        elif distance == "rbf":
+            x /= np.sqrt(max(2 * d, 1))
         labels = rng.integers(0, classes, count) if classes else np.arange(count)
         return encode(x, dtype), labels.astype(np.int64)
 

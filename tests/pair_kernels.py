@@ -13,7 +13,9 @@ from cuda_plan import compile_shim
 from ptx_interpreter import Module, Struct, Uninitialised, launch, parse
 from ptx_interpreter.compile import CSRC, compile_ptx, find_nvcc
 
+# In the order of the enum Distance; pair_sum of the slab engine has the first four.
 DISTANCES = ("euclidean", "sqeuclidean", "cosine", "dot")
+ALL_DISTANCES = (*DISTANCES, "angular", "sqrt_cosine", "rbf", "cityblock", "chi2")
 
 # Name, number of the enum Scalar, part of a kernel's symbol, unit roundoff.
 DTYPES = {
@@ -76,7 +78,7 @@ def accumulate(dtype: str) -> Any:
 
 def distance_number(distance: str) -> np.int32:
     """Its number in the enum Distance."""
-    return np.int32(DISTANCES.index(distance))
+    return np.int32(ALL_DISTANCES.index(distance))
 
 
 def unwritten(shape: Any, dtype: Any) -> Uninitialised:

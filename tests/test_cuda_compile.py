@@ -33,17 +33,25 @@ INCLUDE = [CSRC / "include", CSRC / "cuda"]
 # compile time seven times and room in every wheel.
 KERNELS = {
     "hardest.cu": {"hardest_kernel": 6, "hardest_finish_kernel": 1},
+    "nearest.cu": {"nearest_kernel": 2},
     "pair_distance.cu": {"pair_distance_kernel": 4, "pair_gradient_kernel": 4},
-    "pair_sum.cu": {"pair_sum_kernel": 4},
     "prepare.cu": {"prepare_kernel": 1},
+    "row_grad.cu": {"row_grad_kernel": 2},
+    "row_lse.cu": {"row_lse_kernel": 2},
+    "row_sum.cu": {"row_sum_kernel": 4},
     "slab.cu": {"slab_rows_kernel": 4, "slab_hardest_kernel": 2, "triplet_finish_kernel": 2},
+    "slab_direct.cu": {"direct_kernel": 4, "direct_pull_kernel": 4},
+    "slab_distance.cu": {"slab_distance_kernel": 2, "slab_gradient_kernel": 4},
     "slab_product.cu": {"product_kernel": 4},
     "slab_sum.cu": {"slab_weigh_kernel": 2, "slab_sum_finish_kernel": 4},
+    "threshold_grad.cu": {"threshold_table_kernel": 2, "threshold_weigh_kernel": 2},
+    "threshold_sum.cu": {"threshold_sum_kernel": 2, "threshold_hinge_kernel": 2},
+    "top_k.cu": {"top_k_kernel": 2},
 }
-TILE_KERNELS = ("hardest_kernel", "pair_sum_kernel")
-# These two take most of the time to compile, and are short of registers: all architectures. Of the
+TILE_KERNELS = ("hardest_kernel", "row_grad_kernel", "row_lse_kernel", "row_sum_kernel")
+# These take most of the time to compile, and are short of registers: all architectures. Of the
 # others the oldest, the newest and one between; a build of a wheel turns their spills into errors.
-TILE_FILES = ["pair_sum.cu", "hardest.cu"]
+TILE_FILES = ["row_sum.cu", "row_grad.cu", "row_lse.cu", "hardest.cu"]
 SOME_ARCHS = [ARCHS[0], "90", ARCHS[-1]]
 MOST_REGISTERS = 255  # of 255; a kernel that has them all is about to spill
 

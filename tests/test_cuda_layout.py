@@ -195,7 +195,7 @@ def test_plans_fit_every_device(arch: str, planes: int) -> None:
             plan().fm_plan_hardest(planes, n, m, d, int(m == n), limits) for m in (1, n, 2**20)
         ]
         launches += [plan().fm_plan_hardest_shared(planes, n, n, d, s, limits) for s in (0, 1)]
-        sums = [plan().fm_plan_pair_sum(planes, n, d, grad, limits) for grad in (0, 1)]
+        sums = [plan().fm_plan_row_sum(planes, n, d, grad, limits) for grad in (0, 1)]
         for launch in [*launches, *sums]:
             assert launch.fits
             assert 0 < launch.smem <= limits.smem_per_block
@@ -225,7 +225,7 @@ def test_resident_rows_are_given_up_for_a_second_block() -> None:
 def test_too_little_shared_memory_does_not_fit() -> None:
     tiny = DeviceLimits(75, 1, 16384, 16384)
     assert not plan().fm_plan_hardest(2, 4096, 4096, 64, 1, tiny).fits
-    assert not plan().fm_plan_pair_sum(2, 64, 64, 1, tiny).fits
+    assert not plan().fm_plan_row_sum(2, 64, 64, 1, tiny).fits
 
 
 def test_too_many_tiles_do_not_fit() -> None:

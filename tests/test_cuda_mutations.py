@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bugs planted in the tile engine: the interpreter and the comparison with float64 see each.
 
-Each is compiled from a changed copy of the sources, for one kernel with one distance, one formula
-and one dtype of rows. Where one check would miss a bug that another sees, the bug names the other.
+Each is compiled from a changed copy of the sources, with one distance, one term and one dtype.
+Where one check would miss a bug that another sees, the bug names the other.
 """
 
 import functools
@@ -17,7 +17,8 @@ import pytest
 import cuda_batch
 import cuda_plan
 from cuda_batch import Batch
-from cuda_mutants import MUTANTS, Mutant
+from cuda_mutants import MUTANTS as TILE_MUTANTS
+from cuda_mutants import Mutant
 from cuda_plan import A100
 from cuda_reference import (
     check_hardest,
@@ -25,11 +26,16 @@ from cuda_reference import (
     check_triplets,
     lowest_hardest,
     problem,
+    swapped,
     unit,
 )
+from cuda_row_mutants import ROW_MUTANTS
+from cuda_row_reference import check_row_grad, check_row_lse, check_row_sum
+from cuda_rows import Terms, pair_sum, row_grad, row_lse, row_sum
 from ptx_interpreter import Module, PtxError, Uninitialised, parse
 from ptx_interpreter.compile import CSRC, ROOT, compile_ptx
 
+MUTANTS = [*TILE_MUTANTS, *ROW_MUTANTS]
 WHERE: dict[str, Any] = {"arch": "sm_80", "limits": A100}
 RULE = {"margin": 0.3}
 
@@ -40,10 +46,6 @@ def check_owner(planes: int = 1, d: int = 70) -> None:
     out = batch.hardest(True, triplet=RULE)
     check_hardest(batch, out, operand_eps=2.0**-10 if planes == 1 else 0)
     check_triplets(out, RULE)
-
-
-def check_one_chunk() -> None:
-    check_owner(d=20)
 
 
 def check_ties() -> None:
@@ -93,14 +95,14 @@ def check_sums() -> None:
     # Five chunks of features: two parts of the gradient.
     batch = problem(np.random.default_rng(5), 70, 140, 3, **WHERE)
     margins = (0.5, 16.5)
-    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
 
 
 def check_many_tiles() -> None:
     # The stages of the third tile's chunks begin again with the first.
     batch = problem(np.random.default_rng(5), 9, 140, 3, 140, **WHERE)
     margins = (0.5, 16.5)
-    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
 
 
 def check_growth() -> None:
@@ -109,7 +111,7 @@ def check_growth() -> None:
     batch = problem(rng, 40, 20, 3, 150, **WHERE)
     weight = np.repeat(2.0 ** np.array([0, 8, 16]), 64)[:150] * rng.uniform(1, 2, (2, 150))
     options: dict[str, Any] = {"weight": np.float32(weight), "weight_by_ref": True}
-    out = batch.pair_sum(margins=(0.5, 7.0), **options)
+    out = pair_sum(batch, margins=(0.5, 7.0), **options)
     check_pair_sum(batch, out, "hinge", (0.5, 7.0), **options)
 
 
@@ -123,8 +125,8 @@ def check_near_first() -> None:
     margins = (0.001, 9e3)
     weight = np.where(np.arange(90) < 64, 1, 2.0**-14) * np.ones((2, 1))
     options: dict[str, Any] = {"weight": np.float32(weight), "weight_by_ref": True}
-    check_pair_sum(batch, batch.pair_sum(margins=margins, **options), "hinge", margins, **options)
-    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+    check_pair_sum(batch, pair_sum(batch, margins=margins, **options), "hinge", margins, **options)
+    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
 
 
 def check_small_margin() -> None:
@@ -134,57 +136,162 @@ def check_small_margin() -> None:
         x[160 + 8 * i] = x[32 * i] + 1e-5 * rng.standard_normal(40)
     batch = Batch(x.astype(np.float32), np.arange(200), **WHERE)
     margins = (0.0, 2e-4)
-    check_pair_sum(batch, batch.pair_sum(margins=margins), "hinge", margins)
+    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
+
+
+def check_bounds() -> None:
+    # Negatives have bounds beyond those of positives.
+    rng = np.random.default_rng(9)
+    batch = problem(rng, 70, 20, 3, **WHERE)
+    bound = np.stack([rng.uniform(2, 4, 70), rng.uniform(5, 8, 70)])
+    terms = Terms(scale=((1.0,), (-1.0,)), offset=((-3.0,), (6.5,)), bound=bound)
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_bounds_alone() -> None:
+    # Of separate references: in a self-batch a pair has two bounds, and no tile is skipped.
+    rng = np.random.default_rng(16)
+    x, r = (rng.standard_normal((n, 20)).astype(np.float32) for n in (70, 40))
+    batch = Batch(x, np.arange(70), r, np.arange(40) + 70, **WHERE)
+    terms = Terms("none", "none", bound=np.stack([np.zeros(70), rng.uniform(5, 8, 70)]))
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_limits() -> None:
+    # A thread's first row alone keeps pairs, and its other row is far from all.
+    x = np.random.default_rng(17).standard_normal((110, 20)).astype(np.float32)
+    x[8] *= 50
+    bound = np.zeros((2, 70))
+    bound[1, 0] = 8
+    batch = Batch(x[:70].copy(), np.arange(70), x[70:].copy(), np.arange(40) + 70, **WHERE)
+    terms = Terms(bound=bound)
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_rising() -> None:
+    batch = problem(np.random.default_rng(10), 40, 20, 0, **WHERE)
+    terms = Terms(scale=((1.0,), (1.0,)), offset=((-6.0,), (-3.0,)))
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_skipped() -> None:
+    x = np.eye(8)[np.arange(140) // 30] + 0.01 * np.random.default_rng(11).standard_normal((140, 8))
+    batch = Batch(np.float32(x), np.arange(140), **WHERE)
+    terms = Terms(offset=((-0.5,), (0.3,)))
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_by_row() -> None:
+    # Also of near pairs, of which the rows see different terms.
+    rng = np.random.default_rng(12)
+    x = rng.standard_normal((70, 40)).astype(np.float32)
+    x[35:45] = x[:10] * np.float32(1 + 2.0**-12)
+    batch = Batch(x, rng.integers(0, 3, 70), **WHERE)
+    scale, offset = rng.uniform(0.5, 2, (2, 70)), rng.uniform(-6, 6, (2, 70))
+    scale[1] *= -1
+    offset[1] += 12
+    terms = Terms(scale=scale, offset=offset)
+    check_row_sum(batch, terms, row_sum(batch, terms))
+    role = {"weight": np.float32(rng.standard_normal((2, 70)))}
+    grad = row_grad(batch, terms, own=role, other=role)
+    check_row_grad(batch, terms, grad, own=role, other=role)
+
+
+def check_rules() -> None:
+    rng = np.random.default_rng(13)
+    labels = rng.integers(0, 3, (70, 2))
+    batch = Batch(np.float32(rng.standard_normal((70, 20))), labels, rule="group:sd", **WHERE)
+    terms = Terms(offset=((-3.0,), (7.0,)))
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_lse() -> None:
+    # Maxima that grow from tile to tile.
+    rng = np.random.default_rng(14)
+    r = rng.standard_normal((150, 20)) * (1 + np.arange(150) // 64)[:, None]
+    x = rng.standard_normal((20, 20))
+    batch = Batch(np.float32(x), np.arange(20) % 2, np.float32(r), np.arange(150) % 2, **WHERE)
+    terms = Terms("affine", "circle", ((3.0,), (0.5,)), ((0.5,), (-1.0,)), shape=0.5)
+    out = row_lse(batch, terms)
+    check_row_lse(batch, terms, out)
+    refs = row_lse(swapped(batch), terms)
+    roles = {
+        "own": {"weight": np.ones((2, 20), np.float32), "lse": out["lse"]},
+        "other": {"weight": np.ones((2, 150), np.float32), "lse": refs["lse"]},
+    }
+    grad = row_grad(batch, terms, logits=True, **roles)
+    check_row_grad(batch, terms, grad, logits=True, **roles)
+
+
+def check_lse_near() -> None:
+    rng = np.random.default_rng(15)
+    x = rng.standard_normal((50, 40)).astype(np.float32)
+    x[25:] = x[:25] * np.float32(1 + 2.0**-12)
+    batch = Batch(x, np.arange(50) % 5, **WHERE)
+    terms = Terms("affine", "affine", ((-30.0,), (-30.0,)), ((0.0,), (0.0,)))
+    check_row_lse(batch, terms, row_lse(batch, terms))
 
 
 # Each check with the instantiation that it runs.
 CHECKS: dict[str, tuple[Callable[[], None], int, str, str]] = {
     "owner": (check_owner, 1, "Part::kOwner", "Euclidean"),
-    "one_chunk": (check_one_chunk, 1, "Part::kOwner", "Euclidean"),
+    "one_chunk": (functools.partial(check_owner, d=20), 1, "Part::kOwner", "Euclidean"),
     "ties": (check_ties, 1, "Part::kOwner", "Euclidean"),
     "poison": (check_poison, 1, "Part::kOwner", "Euclidean"),
     "near": (check_near, 2, "Part::kOwner", "Euclidean"),
     "dot": (check_dot, 2, "Part::kSymmetric", "Dot"),
     "shared": (check_shared, 2, "Part::kSymmetric", "Euclidean"),
     "close_calls": (check_close_calls, 2, "Part::kSymmetric", "Euclidean"),
-    "sums": (check_sums, 2, "true", "Euclidean"),
-    "many_tiles": (check_many_tiles, 2, "true", "Euclidean"),
-    "growth": (check_growth, 2, "true", "Euclidean"),
-    "near_first": (check_near_first, 2, "true", "Euclidean"),
-    "small_margin": (check_small_margin, 2, "true", "Euclidean"),
+    **{
+        name: (check, 2, "SumPart::kSumsAndGrad", "Euclidean")
+        for name, check in {
+            "sums": check_sums,
+            "many_tiles": check_many_tiles,
+            "growth": check_growth,
+            "near_first": check_near_first,
+            "small_margin": check_small_margin,
+            "bounds": check_bounds,
+            "bounds_alone": check_bounds_alone,
+            "limits": check_limits,
+            "rising": check_rising,
+            "skipped": check_skipped,
+            "by_row": check_by_row,
+            "rules": check_rules,
+            "lse": check_lse,
+            "lse_near": check_lse_near,
+        }.items()
+    },
 }
 
 # Less to compile: one distance, hinge, float32 rows, and the kernels without launchers.
 CUTS = [
     (
-        "include/flashmetric/formula.h",
+        "cuda/exact.cuh",
         "    case Distance::kEuclidean:",
         "      return f(Dot{});",
         "    default:\n      return f(FLASHMETRIC_DISTANCE{});",
     ),
     (
         "include/flashmetric/formula.h",
-        "  return formula == Formula::kHinge",
-        ";",
-        "  return f(Hinge{});",
+        "    case Term::kLinear:",
+        "      return f(SquaredSigmoid{});",
+        "    default:\n      return f(Hinge{});",
     ),
     ("include/flashmetric/cuda_kernels.h", "    case Scalar::kHalf:", "(__nv_bfloat16{});\n", ""),
     ("cuda/prepare.cu", "cudaError_t prepare(", "\n}\n", ""),
     ("cuda/hardest.cu", "template <int kPlanes>\nvoid (*kernel_for(", "FINISH", ""),
-    ("cuda/pair_sum.cu", "cudaError_t pair_sum(", "FINISH", ""),
+    ("cuda/row_sum.cu", "cudaError_t row_sum(", "FINISH", ""),
+    ("cuda/row_grad.cu", "cudaError_t row_grad(", "FINISH", ""),
+    ("cuda/row_lse.cu", "cudaError_t row_lse(", "FINISH", ""),
 ]
+_ROWS = ("row_term.cuh", "pair_tile.cuh", "label_rule.h", "exact.cuh", "tile.cuh", "layout.h")
+_SUMS = ("row_sum.cuh", "row_finish.cuh", "back_product.cuh", *_ROWS)
 SOURCES = {
     "prepare": ("prepare.cu", "exact.cuh", "layout.h", "plan.h"),
     "hardest": ("hardest.cu", "hardest.cuh", "finish.cuh", "exact.cuh", "tile.cuh", "layout.h"),
-    "pair_sum": (
-        "pair_sum.cu",
-        "pair_sum.cuh",
-        "back_product.cuh",
-        "finish.cuh",
-        "exact.cuh",
-        "tile.cuh",
-        "layout.h",
-    ),
+    "row_sum": ("row_sum.cu", *_SUMS),
+    "row_grad": ("row_grad.cu", *_SUMS),
+    "row_lse": ("row_lse.cu", "row_lse.cuh", *_ROWS),
 }
 END = "\n}  // namespace flashmetric::cuda\n"
 
@@ -208,14 +315,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first = text.index(begin)
         last = len(text) - len(END) if end == "FINISH" else text.index(end, first) + len(end)
         (root / name).write_text(text[:first] + new + text[last:])
-    for name, kernel, kind in [
-        ("hardest", "hardest_kernel", "HardestArgs"),
-        ("pair_sum", "pair_sum_kernel", "PairSumArgs"),
+    kind = "FLASHMETRIC_PLANES, FLASHMETRIC_KIND"
+    for name, chosen, arguments in [
+        ("hardest", f"hardest_kernel<{kind}>", "HardestArgs"),
+        ("row_sum", f"row_sum_kernel<{kind}>", "RowSumArgs"),
+        ("row_grad", "row_grad_kernel<FLASHMETRIC_PLANES>", "RowSumArgs"),
+        ("row_lse", "row_lse_kernel<FLASHMETRIC_PLANES>", "RowLseArgs"),
     ]:
         file = root / "cuda" / f"{name}.cu"
         text = file.read_text().replace("namespace {", "").replace("}  // namespace\n", "")
-        chosen = f"{kernel}<FLASHMETRIC_PLANES, FLASHMETRIC_KIND>"
-        text = text[: -len(END)] + f"template __global__ void {chosen}(const {kind});\n" + END
+        instance = f"template __global__ void {chosen}(const {arguments});\n"
+        text = text[: -len(END)] + instance + END
         file.write_text(text)
     replace(root / "cuda" / "prepare.cu", "namespace {", "")
     replace(root / "cuda" / "prepare.cu", "}  // namespace\n", "")
@@ -287,6 +397,5 @@ def test_bug_is_seen(
         run(monkeypatch, mutant.check, root, plain, touched)
 
 
-def test_every_kind_of_bug_is_planted() -> None:
-    assert len(MUTANTS) >= 24
+def test_names_of_bugs_are_unique() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)

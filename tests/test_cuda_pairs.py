@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pair_kernels import (
+    ALL_DISTANCES,
     DISTANCES,
     DTYPES,
     accumulate,
@@ -25,26 +26,55 @@ from ptx_interpreter import Struct
 SOURCE = "pair_distance.cu"
 
 
+UNIT = ("cosine", "angular", "sqrt_cosine")
+
+
+def is_flat(x: np.ndarray, r: np.ndarray, distance: str) -> bool:
+    """Whether a zero row is at a constant distance."""
+    return distance in UNIT and not (x.any() and r.any())
+
+
 def pair_value(x: np.ndarray, r: np.ndarray, distance: str) -> float:
     """The distance of two rows."""
     if distance == "dot":
         return float(-(x @ r))
-    u = float(((x - r) ** 2).sum())
-    if distance == "cosine":
-        return 0.5 * (u if x.any() and r.any() else 2.0)
-    return u if distance == "sqeuclidean" else u**0.5
+    if distance == "cityblock":
+        return float(np.abs(x - r).sum())
+    if distance == "chi2":
+        total = np.where(x + r == 0, 1, x + r)
+        return float(((x - r) ** 2 / total).sum())
+    u = 2.0 if is_flat(x, r, distance) else float(((x - r) ** 2).sum())
+    return {
+        "euclidean": u**0.5,
+        "sqeuclidean": u,
+        "cosine": 0.5 * u,
+        "angular": 2 * float(np.arcsin(min(0.5 * u**0.5, 1))),
+        "sqrt_cosine": (0.5 * u) ** 0.5,
+        "rbf": -float(np.expm1(-u)),
+    }[distance]
 
 
 def pair_gradient(x: np.ndarray, r: np.ndarray, distance: str) -> np.ndarray:
     """Derivative of the distance in x."""
     if distance == "dot":
         return -r
-    if distance == "cosine":
-        return (x - r) if x.any() and r.any() else 0 * x
-    if distance == "sqeuclidean":
-        return 2 * (x - r)
-    norm = float(((x - r) ** 2).sum()) ** 0.5
-    return 0 * x if norm == 0 else (x - r) / norm
+    if distance == "cityblock":
+        return np.sign(x - r)
+    if distance == "chi2":
+        total = np.where(x + r == 0, 1, x + r)
+        return (x - r) * (x + 3 * r) / total**2 * (x + r != 0)
+    value = pair_value(x, r, distance)
+    if value == 0 or is_flat(x, r, distance):
+        return 0 * x
+    slope = {
+        "euclidean": 0.5 / value,
+        "sqeuclidean": 1.0,
+        "cosine": 0.5,
+        "angular": 0.5 / np.sin(value),
+        "sqrt_cosine": 0.25 / value,
+        "rbf": 1 - value,
+    }[distance]
+    return 2 * slope * (x - r)
 
 
 @dataclass
@@ -206,11 +236,19 @@ def assert_gradients(case: Case, grad: np.ndarray, **options: Any) -> None:
             assert_near(a, b, case.dtype, scale=max(1.0, float(np.nanmax(np.abs(b), initial=0))))
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
+def rows_for(distance: str, x: np.ndarray) -> np.ndarray:
+    """Rows such as a distance is for."""
+    if distance in ("angular", "sqrt_cosine"):
+        norm = np.linalg.norm(x, axis=1, keepdims=True)
+        return x / np.where(norm == 0, 1, norm)
+    return {"rbf": x / 8, "chi2": np.abs(x)}.get(distance, x)
+
+
+@pytest.mark.parametrize("distance", ALL_DISTANCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pair_distance(dtype: str, distance: str) -> None:
     rng = np.random.default_rng(1)
-    x, r = some_rows(rng, 9, 37), some_rows(rng, 7, 37)
+    x, r = (rows_for(distance, some_rows(rng, n, 37)) for n in (9, 7))
     r[2] = x[4]
     i, j = rng.integers(-1, 9, 41), rng.integers(-1, 7, 41)
     i[:4], j[:4] = (4, 8, 3, -1), (2, 6, -1, -1)
@@ -243,11 +281,11 @@ def test_numbers_that_name_no_row_are_nan() -> None:
 
 
 @pytest.mark.parametrize("is_sorted", [False, True], ids=["scanned", "sorted"])
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("distance", ALL_DISTANCES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_listed_pairs(dtype: str, distance: str, is_sorted: bool) -> None:
     rng = np.random.default_rng(4)
-    x, r = some_rows(rng, 11, 37), some_rows(rng, 7, 37)
+    x, r = (rows_for(distance, some_rows(rng, n, 37)) for n in (11, 7))
     i, j = rng.integers(-1, 11, 50), rng.integers(-1, 7, 50)
     i[0], j[0] = 10, 6  # two zero rows
     case = Case(dtype, distance, x, r, j, i)

@@ -16,6 +16,7 @@ from cuda_reference import (
     unit,
     usual_margins,
 )
+from cuda_rows import pair_sum
 
 DTYPES = ["float32", "float16", "bfloat16"]
 DEVICES = {"sm_75": TURING, "sm_80": A100, "sm_89": ADA, "sm_90": H100}
@@ -104,7 +105,7 @@ PARTS = ["owner", "rectangular", "symmetric"]
 def planned(part: str, planes: int, n: int, d: int, limits: DeviceLimits) -> Launch:
     """The launch of a kernel for n rows against as many."""
     if part.startswith("pair_sum"):
-        return plan().fm_plan_pair_sum(planes, n, d, int(part == "pair_sum_grad"), limits)
+        return plan().fm_plan_row_sum(planes, n, d, int(part == "pair_sum_grad"), limits)
     choose = plan().fm_plan_hardest if part == "owner" else plan().fm_plan_hardest_shared
     return choose(planes, n, n, d, int(part == "symmetric"), limits)
 
@@ -140,7 +141,7 @@ def test_pair_sum_with_and_without_resident_rows(arch: str, planes: int, part: s
     for d in depths(part, planes, limits):
         batch = problem(rng, 33, d, 3, 65, dtype=dtype, planes=planes, arch=arch, limits=limits)
         margins = usual_margins("euclidean", d)
-        check_pair_sum(batch, batch.pair_sum(margins=margins, grad=grad), "hinge", margins)
+        check_pair_sum(batch, pair_sum(batch, margins=margins, grad=grad), "hinge", margins)
 
 
 def test_rows_are_resident_where_they_fit() -> None:
@@ -161,7 +162,7 @@ def test_half_precision_of_float32_rows() -> None:
     batch = problem(rng, 40, 50, 4, dtype="float32", planes=1)
     check_hardest(batch, batch.hardest(True), operand_eps=2.0**-10)
     margins = usual_margins("euclidean", 50)
-    out = batch.pair_sum(margins=margins)
+    out = pair_sum(batch, margins=margins)
     check_pair_sum(batch, out, "hinge", margins, operand_eps=2.0**-10)
 
 
@@ -176,7 +177,7 @@ def test_unit_rows_of_every_dtype() -> None:
         margins = usual_margins("cosine", 40)
         check_pair_sum(
             batch,
-            batch.pair_sum(margins=margins, formula="squared_hinge"),
+            pair_sum(batch, margins=margins, formula="squared_hinge"),
             "squared_hinge",
             margins,
         )

@@ -2,6 +2,7 @@
 """What every loss promises, tested for each one in the catalog."""
 
 import copy
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,10 @@ def test_order_of_rows_does_not_matter(entry: Entry) -> None:
     torch.testing.assert_close(moved_grad, grad[order])
 
 
+@pytest.mark.skipif(
+    os.environ.get("FLASHMETRIC_BACKEND") == "python",
+    reason="PyTorch's exponentials change their last bits with the number of threads",
+)
 @pytest.mark.parametrize("entry", ENTRIES, ids=name_of)
 def test_threads_change_no_bit(entry: Entry) -> None:
     x, labels = rows(700, 24, torch.float32), torch.arange(700) // 5

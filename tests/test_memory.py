@@ -62,6 +62,50 @@ def test_cpu_peak(loss: str, backend: str) -> None:
     assert int(result.stdout) < MATRIX_BYTES / 4
 
 
+# One process for all losses: a peak only grows, so the first loss beyond the limit is named.
+EVERY_LOSS = """
+import resource, sys
+import torch
+import flashmetric
+from flashmetric.catalog import ENTRIES
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(entry, n):
+    loss = getattr(flashmetric, entry.name)(**dict(entry.example))
+    d = getattr(loss, "centers", torch.empty(1, int(sys.argv[2]))).shape[-1]
+    x = torch.rand(n, d, requires_grad=True)
+    labels = torch.arange(n) // 8
+    if entry.call == "towers":
+        loss(x[: n // 2], ref_emb=x[n // 2 :]).backward()
+    else:
+        loss(x, labels % 4 if entry.call == "classes" else labels).backward()
+
+torch.set_num_threads(2)
+entries = [e for e in ENTRIES if e.call in ("batch", "towers") and not e.example]
+for entry in entries:
+    step(entry, 2048)
+before = peak()
+for entry in entries:
+    step(entry, int(sys.argv[1]))
+    print(entry.name, peak() - before)
+"""
+
+
+def test_every_loss() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", EVERY_LOSS, str(N), str(D)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) > 20
+    for name, grown in lines:
+        assert int(grown) < MATRIX_BYTES / 4, name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("loss", [TripletMarginLoss(swap=True), ContrastiveLoss(1.0, 8.0)])
 def test_cuda_peak(loss: torch.nn.Module) -> None:

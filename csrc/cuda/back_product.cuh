@@ -137,8 +137,8 @@ class BackProduct<Shape, true> {
     const float factor = fabsf(factor_[kind][k]);
     return factor == 0.0f ? 0.0f : __uint_as_float(inverse_power_bits(__float_as_uint(factor)));
   }
-  // Writes sum_j h_ij r_j to row i of `out`, or adds it.
-  __device__ void store(int kind, float* out, int stride, bool add) const {
+  // Writes sum_j h_ij r_j to row i of `out`.
+  __device__ void store(int kind, float* out, int stride) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float undo = inverse(kind, k);
@@ -147,10 +147,7 @@ class BackProduct<Shape, true> {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& value = at[b * 8 + e];
-          value = out_[kind][b][k * 2 + e] * undo + (add ? value : 0.0f);
-        }
+        for (int e = 0; e < 2; ++e) at[b * 8 + e] = out_[kind][b][k * 2 + e] * undo;
     }
   }
 

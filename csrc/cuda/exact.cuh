@@ -4,6 +4,7 @@
 #pragma once
 
 #include <flashmetric/cuda_kernels.h>
+#include <flashmetric/kernels.h>
 
 namespace flashmetric::cuda {
 
@@ -41,6 +42,16 @@ __device__ __forceinline__ bool any_bad(const uint32_t* bad, int count) {
   return __syncthreads_or(found);
 }
 
+// In the type of the tile engine's arithmetic: a product with the double would be one of doubles.
+constexpr float kNearFraction = static_cast<float>(flashmetric::kNearFraction);
+
+// Whether there are distances that are not finite. In every thread of the block.
+__device__ __forceinline__ bool is_poisoned(const PairProblem& problem, const uint32_t* bad,
+                                            int count) {
+  const bool has_pairs = problem.ref.n > (problem.self ? 1 : 0);
+  return any_bad(bad, has_pairs ? count : 0);
+}
+
 // Sum over the lanes of a warp, the same bits in each of them.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
@@ -49,18 +60,23 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// u of rows x and r (see formula.h), in every lane.
+// u of rows x and r (see distance.h), in every lane.
 template <class S>
 __device__ __forceinline__ accumulate_t<S> exact_u(Distance distance, const S* x, const S* r,
                                                    int64_t d, int lane) {
   using T = accumulate_t<S>;
-  const bool difference = distance != Distance::kDot;
-  const bool unit = distance == Distance::kCosine;
+  const bool difference = is_difference(distance), unit = has_unit_rows(distance);
   T sum = 0, x_norm = 0, r_norm = 0;
   for (int64_t k = lane; k < d; k += kWarp) {
     const T a = static_cast<T>(x[k]), b = static_cast<T>(r[k]);
     const T t = a - b;
-    sum += difference ? t * t : a * b;
+    if (distance == Distance::kCityblock) {
+      sum += Cityblock::term(a, b);
+    } else if (distance == Distance::kChi2) {
+      sum += Chi2::term(a, b);
+    } else {
+      sum += difference ? t * t : a * b;
+    }
     if (unit) {
       x_norm += a * a;
       r_norm += b * b;
@@ -68,11 +84,33 @@ __device__ __forceinline__ accumulate_t<S> exact_u(Distance distance, const S* x
   }
   sum = warp_sum(sum);
   if (unit) {
-    // The cosine of a zero row is 0 by definition, so its distance 1 and u = 2.
+    // A zero row is at u = 2 from every row by definition.
     const bool apart = warp_sum(x_norm) == T(0) || warp_sum(r_norm) == T(0);
     return apart ? T(2) : sum;
   }
-  return difference ? sum : T(-2) * sum;
+  return distance == Distance::kDot ? T(-2) * sum : sum;
+}
+
+// Calls f with the functor of a distance that inner products yield: with_distance without the
+// direct ones, which the tile engine does not serve.
+template <class F>
+__device__ __forceinline__ auto with_product_distance(Distance distance, F&& f) {
+  switch (distance) {
+    case Distance::kEuclidean:
+      return f(Euclidean{});
+    case Distance::kSqeuclidean:
+      return f(Sqeuclidean{});
+    case Distance::kCosine:
+      return f(Cosine{});
+    case Distance::kAngular:
+      return f(Angular{});
+    case Distance::kSqrtCosine:
+      return f(SqrtCosine{});
+    case Distance::kRbf:
+      return f(Rbf{});
+    default:
+      return f(Dot{});
+  }
 }
 
 }  // namespace flashmetric::cuda

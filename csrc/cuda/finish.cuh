@@ -3,25 +3,14 @@
 // cannot be trusted, and the triplet loss. One warp a row.
 #pragma once
 
-#include <flashmetric/kernels.h>
 #include <exact.cuh>
 
 namespace flashmetric::cuda {
-
-// In the type of the tile engine's arithmetic: a product with the double would be one of doubles.
-constexpr float kNearFraction = static_cast<float>(flashmetric::kNearFraction);
 
 struct Found {
   int64_t index;
   float u;
 };
-
-// Whether there are distances that are not finite. In every thread of the block.
-__device__ __forceinline__ bool is_poisoned(const PairProblem& problem, const uint32_t* bad,
-                                            int count) {
-  const bool has_pairs = problem.ref.n > (problem.self ? 1 : 0);
-  return any_bad(bad, has_pairs ? count : 0);
-}
 
 template <class S>
 class RowFinish {
@@ -69,7 +58,7 @@ class RowFinish {
       if (!candidate(i, j, kind)) continue;
       const float u = measure(i, j);
       const float value =
-          with_distance(problem_.distance, [&](auto d) { return decltype(d)::value(u); });
+          with_product_distance(problem_.distance, [&](auto d) { return decltype(d)::value(u); });
       if (best.index < 0 || (kind == 0 ? value > best_value : value < best_value)) {
         best = {j, u};
         best_value = value;
@@ -114,9 +103,9 @@ __device__ inline void finish_row(const HardestArgs& args, int64_t i, uint64_t p
     });
     found[kind] = f;
     distance[kind] =
-        f.index < 0
-            ? 0.0f
-            : with_distance(args.problem.distance, [&](auto d) { return decltype(d)::value(f.u); });
+        f.index < 0 ? 0.0f
+                    : with_product_distance(
+                          args.problem.distance, [&](auto d) { return decltype(d)::value(f.u); });
     if (lane == 0) {
       args.index[kind * n + i] = f.index;
       args.distance[kind * n + i] = distance[kind];

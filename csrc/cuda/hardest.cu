@@ -20,7 +20,9 @@ __global__ void __launch_bounds__(ShapesHere<kPlanes>::Wide::kThreads, 2)
   }
 }
 
-__global__ void __launch_bounds__(kRowWarps* kWarp) hardest_finish_kernel(const HardestArgs args) {
+// As many blocks per multiprocessor as leave registers for all of it: left to choose, ptxas spills.
+__global__ void __launch_bounds__(kRowWarps* kWarp, 5)
+    hardest_finish_kernel(const HardestArgs args) {
   __shared__ TripletSum scratch[kRowWarps * kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t n = args.problem.query.n, padded = round_up(n, kRowPadding);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// hardest and hardest_triplets on CUDA: two launches for small batches, three for others.
+// hardest and hardest_triplets on CUDA: two launches for small batches, three for others. Direct
+// distances, which no inner product yields, have the slab engine's search by exact differences.
 #include <flashmetric/cuda_slab.h>
 #include <prepared.h>
 #include <torch/csrc/stable/library.h>
@@ -32,8 +33,8 @@ Found tile_hardest(const Tensor& query, const Tensor& query_labels, const Option
   const int finish_grid = plan_rows(n);
   const int64_t parts = plan.owner ? plan.tile.grid_x : finish_grid;
   const int64_t part_bytes = static_cast<int64_t>(sizeof(double) + sizeof(int64_t));
-  const PreparedBatch batch(query, query_labels, ref, ref_labels, distance, planes, !plan.owner,
-                            triplets == nullptr ? 0 : parts * part_bytes);
+  const PreparedBatch batch(query, query_labels, ref, ref_labels, kOneWord, distance, planes,
+                            !plan.owner, triplets == nullptr ? 0 : parts * part_bytes);
   HardestArgs args{};
   args.problem = batch.problem;
   args.order = plan.order;
@@ -70,8 +71,9 @@ std::tuple<Tensor, Tensor> hardest_cuda(const Tensor& query, const Tensor& query
   const Distance which = parse_distance(distance);
   const int planes = plane_count(query);
   const HardestPlan plan = make_plan(query, ref, planes);
-  if (query.size(0) == 0 || !use_tiles(query, plan.tile.fits))
-    return slab_hardest(query, query_labels, ref, ref_labels, which, exact);
+  const bool direct = is_direct(which);
+  if (query.size(0) == 0 || direct || !use_tiles(query, plan.tile.fits))
+    return slab_hardest(query, query_labels, ref, ref_labels, which, exact || direct);
   const Found found =
       tile_hardest(query, query_labels, ref, ref_labels, which, exact, planes, plan, {}, nullptr);
   return {found.index, found.distance};
@@ -87,8 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_triplets_cuda(
   const Reduction how = parse_reduction(reduction);
   const int planes = plane_count(query);
   const HardestPlan plan = make_plan(query, ref, planes);
-  if (query.size(0) == 0 || !use_tiles(query, plan.tile.fits)) {
-    const auto [index, found] = slab_hardest(query, query_labels, ref, ref_labels, which, exact);
+  const bool direct = is_direct(which);
+  if (query.size(0) == 0 || direct || !use_tiles(query, plan.tile.fits)) {
+    const auto [index, found] =
+        slab_hardest(query, query_labels, ref, ref_labels, which, exact || direct);
     const auto [loss, slope, scale] =
         triplet_finish(index, found, TripletRule<double>{margin, smooth, keep, how});
     return {loss, index, found, slope, scale};

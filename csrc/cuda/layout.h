@@ -23,9 +23,9 @@ FLASHMETRIC_HD constexpr int64_t chunk_count(int64_t d) { return d < 1 ? 1 : div
 
 // What the epilogues need of a row besides its inner products.
 struct alignas(16) RowMeta {
-  float bias;   // additive part of u; NaN for padding, which then wins no comparison
-  float scale;  // power of two that undoes the row's prescale; 0 for a zero row
-  int64_t label;
+  float bias;     // additive part of u; NaN for padding, which then wins no comparison
+  float scale;    // power of two that undoes the row's prescale; 0 for a zero row
+  int64_t label;  // its first word; kIgnoredLabel for padding
 };
 
 // Shared memory, bank conflicts: a chunk of a row is 64 bytes, so rows r and r + 2 share banks.

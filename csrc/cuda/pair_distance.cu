@@ -121,11 +121,12 @@ class GradientRow {
   }
 
  private:
-  // What one pair brings: a multiple of x - y, or (dot) of y, where y is a row of the other side.
+  // What one pair brings: a multiple of x - y, or (dot) of y, or (direct distances) of a function
+  // of both, where y is a row of the other side.
   struct Term {
     T weight = 0;
     int32_t other = 0;   // -1: names no row
-    bool apart = false;  // may join a zero row of a cosine distance
+    bool apart = false;  // may join a zero row of a distance of unit rows
   };
 
   __device__ bool structured(int role) const {
@@ -147,16 +148,21 @@ class GradientRow {
     if (args_.factor[0] != nullptr)
       grad *= *static_cast<const T*>(args_.factor[0]) * *static_cast<const T*>(args_.factor[1]);
     const T value = static_cast<const T*>(args_.value)[t];
-    const T du_dx = pairs_.distance == Distance::kDot ? T(-2) : T(2);
-    // A pair with a zero row is at distance 1, NaN in a batch that is not finite.
-    const bool apart = pairs_.distance == Distance::kCosine && !(value < T(1)) && !(value > T(1));
+    const Distance distance = pairs_.distance;
+    const T du_dx = is_direct(distance) ? T(1) : is_difference(distance) ? T(2) : T(-2);
+    // A pair with a zero row is at u = 2, or NaN in a batch that is not finite.
+    const T flat = with_distance(distance, [](auto d) { return decltype(d)::value(T(2)); });
+    constexpr T kSlack = sizeof(T) == 8 ? T(1e-14) : T(1e-6);
+    const bool apart = has_unit_rows(distance) && !(value < flat - kSlack * flat) &&
+                       !(value > flat + kSlack * flat);
     return {du_dx * (grad * slope_at(pairs_.distance, value)), static_cast<int32_t>(other), apart};
   }
 
   __device__ void add(int role, const Term& term, const T (&x)[kLaneColumns], int64_t column,
                       int lane, T (&sum)[kLaneColumns]) const {
     const S* others = static_cast<const S*>(role == kAsQuery ? pairs_.ref : pairs_.query);
-    const bool difference = pairs_.distance != Distance::kDot;
+    const Distance distance = pairs_.distance;
+    const bool difference = is_difference(distance);
     uint32_t found = __ballot_sync(kAllLanes, term.weight != T(0));
     while (found != 0) {
       const int from = __ffs(static_cast<int>(found)) - 1;
@@ -169,7 +175,12 @@ class GradientRow {
       T b[kLaneColumns];
       load(y + column, column, b);
 #pragma unroll
-      for (int c = 0; c < kLaneColumns; ++c) sum[c] += weight * (difference ? x[c] - b[c] : b[c]);
+      for (int c = 0; c < kLaneColumns; ++c) {
+        T step = difference ? x[c] - b[c] : b[c];
+        if (distance == Distance::kCityblock) step = Cityblock::gradient(x[c], b[c]);
+        if (distance == Distance::kChi2) step = Chi2::gradient(x[c], b[c]);
+        sum[c] += weight * step;
+      }
     }
   }
 

@@ -77,7 +77,7 @@ struct Shapes {
   using Sum = TileShape<kPlanes, 64, 64, 16, 32, kSumKeep, kSumAhead>;
 };
 
-// What pair_sum shares between the warps of a block besides the stages, for the product of weights
+// What row_sum shares between the warps of a block besides the stages, for the product of weights
 // and columns: the scaled weights of one kind, the largest weight of each row per kind and column
 // warp, and which pairs are near.
 template <class Shape>
@@ -163,14 +163,14 @@ constexpr HardestPlan plan_shared(int64_t n, int64_t m, int64_t d, bool self,
   return plan;
 }
 
-// Of one row of pair_sum: see RowTotal there.
-constexpr int kRowTotalBytes = 48;
+// What a block of row_sum or row_lse knows of one row in the end: see RowTotal, LseTotal.
+constexpr int kRowTotalBytes = 56;
 
 // A block owns 64 query rows and up to kKeep chunks of features of their gradient: it repeats the
 // inner products for each such part of a gradient.
 template <class Set>
-constexpr TilePlan plan_pair_sum_of(int64_t n, int64_t d, bool with_grad,
-                                    const DeviceLimits& device) {
+constexpr TilePlan plan_row_sum_of(int64_t n, int64_t d, bool with_grad,
+                                   const DeviceLimits& device) {
   using Shape = typename Set::Sum;
   const int extra = with_grad ? WeightLayout<Shape>::kBytes : 0;
   TilePlan plan = plan_tile<Shape>(chunk_count(d), extra, 1, device);
@@ -206,10 +206,10 @@ inline HardestPlan plan_hardest(int planes, int64_t n, int64_t m, int64_t d, boo
   });
 }
 
-inline TilePlan plan_pair_sum(int planes, int64_t n, int64_t d, bool with_grad,
-                              const DeviceLimits& device) {
+inline TilePlan plan_row_sum(int planes, int64_t n, int64_t d, bool with_grad,
+                             const DeviceLimits& device) {
   return with_shapes(planes, device.arch, [&](auto set) {
-    return plan_pair_sum_of<decltype(set)>(n, d, with_grad, device);
+    return plan_row_sum_of<decltype(set)>(n, d, with_grad, device);
   });
 }
 

@@ -60,10 +60,10 @@ __device__ bool prepare_row(const PrepareArgs& args, const TileRows& out, const 
 
   const Distance distance = args.problem.distance;
   // Of a unit row that is not to have length zero: the norm of a short row can underflow.
-  const bool zero = (distance == Distance::kCosine ? norm : largest) == 0.0f;
-  float bias = distance == Distance::kDot ? 0.0f : norm;
-  // A zero row is at cosine distance 1 from every unit row: u = 1 + 1 - 0.
-  if (distance == Distance::kCosine && zero) bias = 1.0f;
+  const bool zero = (has_unit_rows(distance) ? norm : largest) == 0.0f;
+  float bias = is_difference(distance) ? norm : 0.0f;
+  // A zero row is at u = 2 from every unit row: u = 1 + 1 - 0.
+  if (has_unit_rows(distance) && zero) bias = 1.0f;
   if (row.padding) bias = not_a_number<float>();
   if (lane == 0) out.meta[row.index] = RowMeta{bias, zero ? 0.0f : back, row.label};
   // A squared distance is at most four times the larger squared norm. fmaxf above lets NaN pass,
@@ -86,7 +86,9 @@ __global__ void __launch_bounds__(kRowWarps* kWarp, 8) prepare_kernel(const Prep
     const TileRows& out = of_query ? problem.x : problem.r;
     const int64_t index = of_query ? i : i - x_rows;
     const bool padding = index >= raw.n;
-    const Row row{raw.data, index, padding, padding ? 0 : raw.labels[index]};
+    // Padding is in no pair.
+    const int64_t label = padding ? kIgnoredLabel : raw.labels[index * problem.labelling.words];
+    const Row row{raw.data, index, padding, label};
     with_scalar(problem.scalar,
                 [&](auto type) { bad = prepare_row(args, out, row, type, lane) || bad; });
     if (of_query && args.keys != nullptr && lane < 2) args.keys[lane * x_rows + index] = kNoKey;

@@ -27,7 +27,8 @@ bool use_tiles(const Tensor& query, bool fits) {
 
 PreparedBatch::PreparedBatch(const Tensor& query, const Tensor& query_labels,
                              const OptionalTensor& ref, const OptionalTensor& ref_labels,
-                             Distance distance, int planes, bool with_keys, int64_t extra_bytes)
+                             const Labelling& labelling, Distance distance, int planes,
+                             bool with_keys, int64_t extra_bytes)
     : stream(current_stream(query)),
       query_(as_contiguous(query)),
       query_labels_(as_contiguous(query_labels)),
@@ -61,6 +62,7 @@ PreparedBatch::PreparedBatch(const Tensor& query, const Tensor& query_labels,
   problem.scalar = scalar_of(query_);
   problem.distance = distance;
   problem.self = self;
+  problem.labelling = labelling;
   bad = workspace_.get<uint32_t>(bad_at);
   bad_count = grid;
   counter = workspace_.get<uint32_t>(counter_at);

@@ -15,13 +15,16 @@ int plane_count(const Tensor& query);
 // Whether the tile engine serves rows of this dtype here; `fits` is the plan's.
 bool use_tiles(const Tensor& query, bool fits);
 
+// Positives are of one class, and classes are numbers.
+constexpr Labelling kOneWord{Rule::kEqual, 1, {GroupRule::kAny, GroupRule::kAny}};
+
 // A batch whose preparation is under way on the current stream. Holds all that the kernels read.
 class PreparedBatch {
  public:
   // `with_keys`: for hardest. `extra`: bytes of scratch besides.
   PreparedBatch(const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
-                const OptionalTensor& ref_labels, Distance distance, int planes, bool with_keys,
-                int64_t extra = 0);
+                const OptionalTensor& ref_labels, const Labelling& labelling, Distance distance,
+                int planes, bool with_keys, int64_t extra = 0);
 
   PairProblem problem;
   const uint32_t* bad = nullptr;

@@ -2,6 +2,7 @@
 // The slab engine's search: rows of a slab of inner products -> hardest pairs and their distances;
 // and the reduction of triplet losses. 8 kernels: slab_rows for each dtype, the others for float
 // and double.
+#include <candidate.cuh>
 #include <slab_row.cuh>
 
 namespace flashmetric::cuda {
@@ -28,30 +29,6 @@ __global__ void __launch_bounds__(kRowWarps* kWarp, 8) slab_rows_kernel(const Sl
   }
   bad = __syncthreads_or(bad);
   if (threadIdx.x == 0) args.bad[blockIdx.x] = bad;
-}
-
-// A candidate; the smaller value wins, of equals the lower index. NaN wins against no candidate
-// only.
-template <class T>
-struct Candidate {
-  T value;
-  int32_t index;  // -1: none
-
-  __device__ bool beats(const Candidate& other) const {
-    if (index < 0 || other.index < 0) return index >= 0 && other.index < 0;
-    return value < other.value || (value == other.value && index < other.index);
-  }
-};
-
-template <class T>
-__device__ Candidate<T> warp_best(Candidate<T> best) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const Candidate<T> other{__shfl_xor_sync(kAllLanes, best.value, mask),
-                             __shfl_xor_sync(kAllLanes, best.index, mask)};
-    if (other.beats(best)) best = other;
-  }
-  return best;
 }
 
 // Of what every warp of the block found; the same in every thread.
@@ -83,15 +60,14 @@ class RowSearch {
         lane_(static_cast<int>(threadIdx.x) % kWarp),
         warp_(static_cast<int>(threadIdx.x) / kWarp) {}
 
-  // By the keys |r|^2 - 2 x.r.
+  // By keys of the products.
   __device__ void by_keys(Candidate<T> (&best)[2]) const {
     const T* products = static_cast<const T*>(args_.products) + blockIdx.x * row_.m();
     best[0] = best[1] = {T(0), -1};
     for (int64_t j = threadIdx.x; j < row_.m(); j += kSlabThreads) {
       if (row_.is_self(j)) continue;
       const bool same = row_.same(j);
-      // A zero row is at the same cosine distance from every row.
-      const T key = row_.zero() ? T(0) : row_.bias(j) - T(2) * products[j];
+      const T key = row_.key(j, products[j]);
       const Candidate<T> candidate{same ? -key : key, static_cast<int32_t>(j)};
       if (same && candidate.beats(best[0])) best[0] = candidate;
       if (!same && candidate.beats(best[1])) best[1] = candidate;

@@ -2,62 +2,10 @@
 // Plain matrix products in the accumulate type: for float64, whose cuBLAS products torch refuses in
 // deterministic mode, and for float32 where a product without tensor cores is asked for. A block of
 // 256 threads computes a tile of 64 x 64, a thread 4 x 4 of it. 4 kernels.
-#include <exact.cuh>
-#include <slab.cuh>
+#include <slab_tile.cuh>
 
 namespace flashmetric::cuda {
 namespace {
-
-constexpr int kSide = kProductSide;
-constexpr int kOwn = kProductTile / kSide;    // outputs of a thread along either side
-constexpr int kPadded = kProductTile + kOwn;  // spreads the stores of a transposed load over banks
-// Depth that floats sum in one chain: their error then does not grow with the depth.
-constexpr int kChain = 256;
-template <class T>
-constexpr bool kChains = sizeof(T) == 4;
-constexpr int kLoads = kProductTile * kProductDepth / kProductThreads;
-static_assert(kChain % kProductDepth == 0, "chains end between steps");
-
-// Rows of one operand as [depth][row].
-template <class T>
-using Tile = T[kProductDepth][kPadded];
-
-// From [rows, k], whose neighbours are neighbours in depth.
-template <class T>
-__device__ __forceinline__ void load_rows(const T* from, int64_t rows, int64_t row, int64_t k,
-                                          int64_t begin, Tile<T>& to) {
-#pragma unroll
-  for (int q = 0; q < kLoads; ++q) {
-    const int at = static_cast<int>(threadIdx.x) + q * kProductThreads;
-    const int depth = at % kProductDepth, i = at / kProductDepth;
-    const bool inside = row + i < rows && begin + depth < k;
-    to[depth][i] = inside ? from[(row + i) * k + begin + depth] : T(0);
-  }
-}
-
-// From [k, columns].
-template <class T>
-__device__ __forceinline__ void load_columns(const T* from, int64_t columns, int64_t column,
-                                             int64_t k, int64_t begin, Tile<T>& to) {
-#pragma unroll
-  for (int q = 0; q < kLoads; ++q) {
-    const int at = static_cast<int>(threadIdx.x) + q * kProductThreads;
-    const int depth = at / kProductTile, i = at % kProductTile;
-    const bool inside = column + i < columns && begin + depth < k;
-    to[depth][i] = inside ? from[(begin + depth) * columns + column + i] : T(0);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void close_chain(T (&sum)[kOwn][kOwn], T (&total)[kOwn][kOwn]) {
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      total[i][j] += sum[i][j];
-      sum[i][j] = T(0);
-    }
-}
 
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(kProductThreads) product_kernel(const ProductArgs args) {
@@ -90,16 +38,7 @@ __global__ void __launch_bounds__(kProductThreads) product_kernel(const ProductA
     __syncthreads();  // before the tiles are loaded anew
   }
   close_chain(sum, total);
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int64_t at_row = row + y * kOwn + i;
-    if (at_row >= args.m) break;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      const int64_t at = column + x * kOwn + j;
-      if (at < args.n) static_cast<T*>(args.out)[at_row * args.n + at] = total[i][j];
-    }
-  }
+  store_tile(args, row, column, total);
 }
 
 }  // namespace

@@ -21,20 +21,22 @@ class SlabRow {
   __device__ int64_t m() const { return problem_.r.n; }
   __device__ bool is_self(int64_t j) const { return problem_.self && j == i_; }
   __device__ bool same(int64_t j) const { return problem_.r.labels[j] == label_; }
-  __device__ bool difference() const { return problem_.distance != Distance::kDot; }
+  __device__ bool difference() const { return is_difference(problem_.distance); }
 
   __device__ T norm(int64_t j) const { return static_cast<const T*>(problem_.r.norms)[j]; }
-  // Zero rows are apart from all others in a cosine distance.
-  __device__ bool zero() const { return unit() && norm_ == T(0); }
+  // Zero rows are apart from all others where rows have unit length.
   __device__ bool apart(int64_t j) const { return unit() && (norm_ == T(0) || norm(j) == T(0)); }
 
-  // What row j adds to u; a zero row: u = 1 + 1 - 0.
-  __device__ T bias(int64_t j) const {
-    if (!difference()) return T(0);
-    return unit() && norm(j) == T(0) ? T(1) : norm(j);
+  // What orders row j among the others: u without the part that all have in common. A zero row:
+  // u = 1 + 1 - 0; and it is at the same distance from every row itself.
+  __device__ T key(int64_t j, T product) const {
+    if (!difference()) return u(j, product);
+    if (unit() && norm_ == T(0)) return T(0);
+    return (unit() && norm(j) == T(0) ? T(1) : norm(j)) - T(2) * product;
   }
-  // u from the inner product with row j.
+  // u from the inner product with row j; a direct distance has u in place of products.
   __device__ T u(int64_t j, T product) const {
+    if (is_direct(problem_.distance)) return product;
     if (!difference()) return T(-2) * product;
     return apart(j) ? T(2) : norm_ + norm(j) - T(2) * product;
   }
@@ -55,7 +57,7 @@ class SlabRow {
   }
 
  private:
-  __device__ bool unit() const { return problem_.distance == Distance::kCosine; }
+  __device__ bool unit() const { return has_unit_rows(problem_.distance); }
 
   const SlabProblem& problem_;
   const int64_t i_, label_;

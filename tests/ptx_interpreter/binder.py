@@ -13,6 +13,7 @@ import numpy as np
 
 from .dtypes import DTYPES, RAW, SIGNED, SIZES, Array, constant, is_signed
 from .errors import PtxError
+from .memory import address_of
 from .syntax import Address, Constant, Instruction, Negated, Operand, Register, Special, Symbol
 
 if TYPE_CHECKING:
@@ -142,7 +143,9 @@ def source(m: "Machine", ins: Instruction, operand: Operand, type_name: str) -> 
 
 
 def symbol(m: "Machine", ins: Instruction, operand: Symbol) -> int:
-    """The address of a shared variable, in shared memory."""
+    """The address of a shared variable, in shared memory, or of a table, in global memory."""
+    if operand.name in m.kernel.tables:
+        return address_of(list(m.kernel.tables).index(operand.name))
     offsets, _ = m.kernel.shared_layout()
     if operand.name not in offsets:
         raise ins.error(f"not known: symbol {operand.name}")

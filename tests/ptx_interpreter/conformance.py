@@ -66,6 +66,11 @@ def cases() -> Iterator[Case]:
     ):
         yield Case(name, "", (rows, np.zeros(128, np.uint32)), _fragments(wanted), 512)
     yield from _mma_cases(rng)
+    # Below the smallest normal float the result is 0.
+    x = np.concatenate((np.linspace(-125, 127, 29), (0, -200, -np.inf))).astype(np.float32)
+    wanted = np.where(x < -126, 0, 2.0 ** x.astype(np.float64)).astype(np.float32)
+    arguments = (x, np.zeros(32, np.float32))
+    yield Case("exp2_fast", "", arguments, wanted, tolerance=2.0**-22, scale=wanted)
 
 
 def _fragments(matrices: Array) -> Array:

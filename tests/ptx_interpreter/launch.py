@@ -73,7 +73,7 @@ def launch(
         raise PtxError(f"{threads} threads, the kernel is bounded to {kernel.max_threads}")
     smem_bytes = _shared_bytes(kernel, smem_bytes)
     arguments = list(arguments)
-    memory = GlobalMemory(pointers(arguments), shared_buffers)
+    memory = GlobalMemory([*kernel.tables.values(), *pointers(arguments)], shared_buffers)
     parameters = pack(kernel.parameters, arguments, memory.address)
     granules = _granules(kernel)
     count = grid[0] * grid[1] * grid[2]

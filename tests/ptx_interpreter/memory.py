@@ -18,6 +18,11 @@ MIDDLE = 1 << 30
 SHARED_WINDOW = 1 << 62
 
 
+def address_of(number: int) -> int:
+    """Where the buffer with this number among those of a launch begins; tables come first."""
+    return ((number + 1) << RANGE_BITS) + MIDDLE
+
+
 class Cells:
     """Bytes seen as rows of ``count`` elements of ``size`` bytes."""
 
@@ -54,7 +59,7 @@ class Buffer(Cells):
         super().__init__(array.reshape(-1).view(np.uint8))
         self.place = place_of(array)
         self.number = number
-        self.base = np.uint64(((number + 1) << RANGE_BITS) + MIDDLE)
+        self.base = np.uint64(address_of(number))
         self.written = Cells(argument.written) if isinstance(argument, Uninitialised) else None
         self.shadow: Shadow
 

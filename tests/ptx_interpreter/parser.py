@@ -3,14 +3,16 @@
 
 Written for what nvcc emits, one kernel after another with inline assembler between braces. What is
 not recognised in a kernel is an error when that kernel is launched; what is outside of kernels
-(debug sections, functions, global variables) is passed over, and a kernel that refers to it fails.
+(debug sections, functions, most variables) is passed over, and a kernel that refers to it fails.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .dtypes import SIZES, is_constant
+import numpy as np
+
+from .dtypes import SIZES, Array, is_constant
 from .errors import PtxError
 from .syntax import (
     Address,
@@ -48,6 +50,8 @@ _PARAMETER = re.compile(
 _SHARED = re.compile(
     r"(\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
 )
+# A table of numbers in global memory, such as the compiler's own of polynomials.
+_TABLE = re.compile(r"\.global\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]\s*=\s*\{([\d,\s]+)\};")
 _THREADS = re.compile(r"\.(?:maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 _DIRECTIVES = re.compile(r"\.(?:maxntid|reqntid)\s+[\d\s,]+|\.minnctapersm\s+\d+|\.maxnreg\s+\d+")
 _LABEL = re.compile(r"([$\w]+)\s*:(?!:)\s*")
@@ -82,10 +86,11 @@ def parse(text: str | Path) -> Module:
     target = int(match[1])
     module = Module()
     common: dict[str, SharedVariable] = {}
+    tables: dict[str, Array] = {}
     lines = _lines(text)
     for number, line in lines:
         if found := _ENTRY.match(line):
-            kernel = Kernel(found[1], target, shared=dict(common))
+            kernel = Kernel(found[1], target, shared=dict(common), tables=tables)
             header = line
             while not line.endswith("{"):
                 number, line = next(lines)
@@ -93,6 +98,10 @@ def parse(text: str | Path) -> Module:
             _read_header(kernel, header)
             _Body(kernel, files).read(lines)
             module[kernel.name] = kernel
+        elif found := _TABLE.fullmatch(line):
+            tables[found[1]] = np.zeros(int(found[2]), np.uint8)
+            values = [int(value) for value in found[3].split(",")]
+            tables[found[1]][: len(values)] = values
         elif _FUNCTION.match(line):
             _skip_function(line, lines)
         elif ".shared" in line.split('"')[0].split():

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .dtypes import Array
 from .errors import PtxError
 
 
@@ -141,6 +142,7 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, SharedVariable] = field(default_factory=dict)
+    tables: dict[str, Array] = field(default_factory=dict)  # initialised memory of the module
     registers: dict[int, int] = field(default_factory=dict)  # size -> number of registers
     max_threads: int | None = None
     problems: list[PtxError] = field(default_factory=list)

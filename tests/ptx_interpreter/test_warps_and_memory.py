@@ -360,3 +360,24 @@ def test_vectors_and_narrow_accesses() -> None:
     octets = np.zeros(32, np.uint8)
     run("mad.wide.u32 %rd0, %r0, 1, %rd0;\nst.global.u8 [%rd0], %r0;", [octets])
     assert (octets == LANE).all()
+
+
+def test_tables_of_the_module() -> None:
+    tables = ".global .align 16 .b8 first[8] = {9};\n"
+    tables += ".global .align 16 .b8 numbers[16] = {1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 1};\n"
+    body = REGISTERS + "ld.param.u64 %rd0, [p0];\nmov.u64 %rd1, numbers;\n"
+    body += "ld.global.nc.u32 %r0, [%rd1+12];\nst.global.u32 [%rd0], %r0;"
+
+    def load(body: str) -> int:
+        out = np.zeros(1, np.uint32)
+        text = kernel_text(body, 1).replace(".visible", tables + ".visible")
+        launch(parse(text)["k"], [out], 1, 32)
+        return int(out[0])
+
+    body = body.replace(
+        "ld.global", "mov.u32 %r1, %tid.x;\nsetp.eq.u32 %p0, %r1, 0;\n@%p0 ld.global"
+    )
+    body = body.replace("st.global", "@%p0 st.global")
+    assert load(body) == 4 + 256
+    with pytest.raises(PtxError, match="out of bounds"):
+        load(body.replace("+12", "+16"))

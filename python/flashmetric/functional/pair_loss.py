@@ -97,7 +97,9 @@ def pair_loss(
         ValueError: an argument has the wrong shape, device or value.
 
     Determinism:
-        Bitwise reproducible from run to run, forward and backward, for any number of threads.
+        Bitwise reproducible from run to run, forward and backward; with the native library for any
+        number of threads. PyTorch's own exponentials, which the PyTorch implementation and listed
+        pairs use, change their last bits with the number of threads.
 
     Memory:
         O((N + M) D), besides what ``formula`` lists.

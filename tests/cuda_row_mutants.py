@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bugs to plant in the kernels that reduce the pairs of each row."""
+
+from cuda_mutants import Mutant, mutant
+
+PAIR_SUM = [
+    mutant(
+        "sums unscaled by the change",
+        "growth",
+        "back_product.cuh",
+        "out_[kind][b][e] *= change[e / 2];",
+        ";",
+    ),
+    mutant(
+        "exact gradients leave weights unfitted",
+        "near_first",
+        "back_product.cuh",
+        "(old <= 0.0f ||",
+        "(old == 0.0f ||",
+    ),
+    mutant(
+        "no barrier after weights are stored",
+        "sums",
+        "back_product.cuh",
+        "store_weights(kind, weights, positives);\n        __syncthreads();",
+        "store_weights(kind, weights, positives);",
+    ),
+    mutant(
+        "the low plane of weights ignored",
+        "sums",
+        "back_product.cuh",
+        "            mma_f16(c, a[1], r[0][half * 2], r[0][half * 2 + 1]);\n",
+    ),
+    mutant(
+        "the rotation of another part",
+        "sums",
+        "back_product.cuh",
+        "return begin + count == chunks ? 0 : begin + count;",
+        "return begin;",
+    ),
+    mutant(
+        "near pairs counted by each column warp",
+        "near_first",
+        "row_sum.cuh",
+        "sweep_.lane() == pair.lane && warp_col == sweep_.warp_col()",
+        "sweep_.lane() == pair.lane",
+    ),
+    mutant(
+        "terms that fall with the distance pull, too",
+        "sums",
+        "row_sum.cuh",
+        "float w = own.scale * F::slope(z);",
+        "float w = fabsf(own.scale) * F::slope(z);",
+    ),
+    mutant(
+        "those of near pairs pull, too",
+        "near_first",
+        "row_sum.cuh",
+        "slope == 0.0f ? 0.0f : own.weight * own.scale * slope;",
+        "slope == 0.0f ? 0.0f : own.weight * fabsf(own.scale) * slope;",
+    ),
+    mutant(
+        "weights of the rows",
+        "growth",
+        "row_sum.cuh",
+        ": args_.other.weight[kind * args_.other.rows + j];",
+        ": args_.other.weight[kind * args_.other.rows + pairs.row(0)];",
+    ),
+    mutant(
+        "a row is its own positive",
+        "sums",
+        "pair_tile.cuh",
+        "    if (problem_.self) known &= ~diagonal(col0);\n",
+    ),
+    mutant(
+        "padding counts",
+        "sums",
+        "pair_tile.cuh",
+        "row_known && other.label != kIgnoredLabel ? bit",
+        "row_known ? bit",
+    ),
+    mutant(
+        "small margins skip near pairs",
+        "small_margin",
+        "pair_tile.cuh",
+        "(masks.kind[0] | masks.near | (low & masks.kind[1])) != 0",
+        "(masks.kind[0] | (low & masks.kind[1])) != 0",
+    ),
+    mutant(
+        "column warps add at the same time",
+        "sums",
+        "row_finish.cuh",
+        "++warp) {\n    __syncthreads();",
+        "++warp) {",
+    ),
+    mutant(
+        "gradients overwritten while they are read",
+        "sums",
+        "row_finish.cuh",
+        "    __syncthreads();\n    rows.back().store(",
+        "    rows.back().store(",
+    ),
+]
+
+ROWS = [
+    mutant(
+        "kept pairs of a kind that is not wanted in no count",
+        "bounds_alone",
+        "row_term.cuh",
+        "(logits || role.bound == nullptr)",
+        "true",
+    ),
+    mutant(
+        "limits of negatives beyond their bounds",
+        "bounds_alone",
+        "row_term.cuh",
+        "limit = role.bound[role.rows + i];",
+        "limit = role.bound[i];",
+    ),
+    mutant(
+        "limits of hinges that rise with the distance",
+        "rising",
+        "row_term.cuh",
+        "term == Term::kSquaredHinge) && scale < 0.0f)",
+        "term == Term::kSquaredHinge))",
+    ),
+    mutant(
+        "kept pairs counted twice",
+        "bounds",
+        "row_sum.cuh",
+        "if (kStatistics && args_.own.bound == nullptr) count(masks);",
+        "if (kStatistics) count(masks);",
+    ),
+    mutant(
+        "skipped tiles are not counted",
+        "skipped",
+        "row_sum.cuh",
+        "    if (kStatistics && args_.own.bound == nullptr) count(masks);\n"
+        "    if (interesting) {\n",
+        "    if (interesting) {\n"
+        "      if (kStatistics && args_.own.bound == nullptr) count(masks);\n",
+    ),
+    mutant(
+        "one kind's moments in the other",
+        "bounds",
+        "row_sum.cuh",
+        "sums.moment[own][k] += here ? found.moment[k] : 0.0f;",
+        "sums.moment[own][k] += here ? 0.0f : found.moment[k];",
+    ),
+    mutant(
+        "references see what rows see",
+        "by_row",
+        "row_sum.cuh",
+        "const RoleOfRow own = kByColumn ? RoleOfRow(role, kind, j) : rows[e / 2];",
+        "const RoleOfRow own = rows[e / 2];",
+    ),
+    mutant(
+        "near pairs without their references' share",
+        "by_row",
+        "row_sum.cuh",
+        "        if (args_.other.on) h += near_weight(args_.other, pair.kind, j, d);\n",
+    ),
+    mutant(
+        "bounds of the other row of a thread",
+        "limits",
+        "pair_tile.cuh",
+        "low |= u < limit[k] ? bit : 0;",
+        "low |= u < limit[1 - k] ? bit : 0;",
+    ),
+    mutant(
+        "rules judge the next row",
+        "rules",
+        "pair_tile.cuh",
+        "local_row(t % 4 / 2), j = col0",
+        "local_row(t % 2), j = col0",
+    ),
+    mutant(
+        "groups of negatives are those of positives",
+        "rules",
+        "label_rule.h",
+        "labelling.group[kind];",
+        "labelling.group[0];",
+    ),
+    mutant(
+        "near pairs of the other kind",
+        "by_row",
+        "pair_tile.cuh",
+        "list >> (16 + first % 16) & 1 ? 0 : 1;",
+        "list >> (16 + first % 16) & 1 ? 1 : 0;",
+    ),
+    mutant(
+        "sums relative to the maximum before",
+        "lse",
+        "row_lse.cuh",
+        "    sum *= change;\n",
+    ),
+    mutant(
+        "the maximum of one lane",
+        "lse",
+        "row_lse.cu",
+        "mask <= 2; mask *= 2",
+        "mask <= 1; mask *= 2",
+    ),
+    mutant(
+        "merged maxima lose a half",
+        "lse",
+        "row_lse.cuh",
+        "    other.raise(before);\n",
+    ),
+    mutant(
+        "softmax of the references by the rows' sums",
+        "lse",
+        "row_sum.cuh",
+        "kByColumn ? RoleOfRow(role, kind, col0 + pairs.column(b, e)) : rows[e / 2];",
+        "rows[e / 2];",
+    ),
+    mutant(
+        "the distance of padding",
+        "lse",
+        "row_lse.cuh",
+        "fmaf(e, e > 0.0f ? d : 0.0f, moment)",
+        "fmaf(e, d, moment)",
+    ),
+    mutant(
+        "near pairs leave the maximum as it is",
+        "lse_near",
+        "row_lse.cuh",
+        "      now.raise(logit);\n      now.add",
+        "      now.add",
+    ),
+    mutant(
+        "column warps merge at the same time",
+        "lse",
+        "row_lse.cu",
+        "++warp) {\n    __syncthreads();",
+        "++warp) {",
+    ),
+]
+
+ROW_MUTANTS: list[Mutant] = [*PAIR_SUM, *ROWS]
