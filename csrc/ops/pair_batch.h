@@ -112,13 +112,23 @@ class PairOperands {
 
   // Calls f(block, tile) for all blocks in the order of schedule.h, tile with room for
   // kTileElements. A self-batch: blocks with columns from their rows on, each pair once.
+  // `positives_only`: blocks that certainly hold no positive may be left out, which are nearly all
+  // if the rows come class by class.
   template <class F>
-  void sweep(const F& f) const {
+  void sweep(bool positives_only, const F& f) const {
     if (n == 0 || m == 0) return;
     const Blocks rows = blocks(n), columns = blocks(m);
+    std::vector<ClassRange> of_rows, of_columns;
+    if (positives_only && rule_.rule != Rule::kAny) {
+      of_rows = class_ranges(rows, batch_.query_labels);
+      of_columns = class_ranges(columns, batch_.ref_labels);
+    }
     const Schedule schedule = self ? Schedule::symmetric(rows.count())
                                    : Schedule::rectangular(rows.count(), columns.count());
     schedule.run(n * m * std::max<int64_t>(d, 16) >= kParallelWork, [&](int64_t i, int64_t j) {
+      if (!of_rows.empty() &&
+          !of_rows[static_cast<size_t>(i)].meets(of_columns[static_cast<size_t>(j)]))
+        return;
       const Block block{rows.begin(i), rows.end(i), columns.begin(j), columns.end(j),
                         self && i == j};
       f(block, thread_tile<T>());
@@ -129,6 +139,26 @@ class PairOperands {
   const int64_t n, m, d;
 
  private:
+  // The ids of the classes of a block of rows lie between these.
+  struct ClassRange {
+    int32_t low = std::numeric_limits<int32_t>::max(), high = -1;
+    bool meets(const ClassRange& o) const { return low <= o.high && o.low <= high; }
+  };
+
+  static std::vector<ClassRange> class_ranges(const Blocks& blocks, const Labels& labels) {
+    std::vector<ClassRange> ranges(static_cast<size_t>(blocks.count()));
+    for (int64_t b = 0; b < blocks.count(); ++b) {
+      ClassRange& range = ranges[static_cast<size_t>(b)];
+      for (int64_t i = blocks.begin(b); i < blocks.end(b); ++i) {
+        const int32_t id = labels.classes[i];
+        if (id < 0) continue;  // of no class, or in no pair
+        range.low = std::min(range.low, id);
+        range.high = std::max(range.high, id);
+      }
+    }
+    return ranges;
+  }
+
   // What keeps one block of rows in half of a 1 MB second-level cache.
   Blocks blocks(int64_t size) const {
     const int64_t fits = (int64_t{1} << 19) / std::max<int64_t>(d * int64_t{sizeof(T)}, 1);

@@ -90,6 +90,7 @@ struct RowLses {
         shape(shape_),
         rows{{parameters, 0}, {parameters, 1}} {}
 
+  bool positives_only() const { return forms[1] == Logit::kNone; }
   RowLse<T> op() const { return {{view(0), view(1)}, static_cast<T>(shape), parameters.uniform()}; }
 
  private:
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_lse_cpu(
     const LseSide of_rows = by_row.side(), of_refs = by_ref.side();
     const LseSide* of_columns = self ? &of_rows : columns ? &of_refs : nullptr;
     const RowLse<T> op = lses.op();
-    lses.pairs.sweep([&](const Block& block, T* tile) {
+    lses.pairs.sweep(lses.positives_only(), [&](const Block& block, T* tile) {
       cpu_kernels<T>().row_lse(op, lses.pairs.batch(), block, of_rows, of_columns, tile);
     });
     const LseResult rows = write_side(lses, by_row, false, query);
@@ -239,7 +240,7 @@ std::tuple<Tensor, Tensor> row_lse_backward_cpu(
                                    : by_columns ? by_ref->side(of_refs)
                                                 : LseGradSide<T>{nullptr, nullptr, 0, of_refs};
     const RowLse<T> op = lses.op();
-    pairs.sweep([&](const Block& block, T* tile) {
+    pairs.sweep(lses.positives_only(), [&](const Block& block, T* tile) {
       cpu_kernels<T>().row_lse_backward(op, pairs.batch(), block, rows, columns, tile);
     });
     poison_unless_finite(pairs, grad_query, grad_ref);

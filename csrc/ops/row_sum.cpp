@@ -105,7 +105,7 @@ struct RowSums {
   void run(const RowSumSide<T>& of_rows, const RowSumSide<T>& of_columns, bool slopes) const {
     const RowSum<T> op{
         {rows[0].view(terms[0]), rows[1].view(terms[1])}, parameters.uniform(), slopes};
-    pairs.sweep([&](const Block& block, T* tile) {
+    pairs.sweep(terms[1] == Term::kNone, [&](const Block& block, T* tile) {
       cpu_kernels<T>().row_sum(op, pairs.batch(), block, of_rows, of_columns, tile);
     });
   }

@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> threshold_sum_backward_cpu(
       T* of_ref = pairs.self ? of_query : ref_grad ? mutable_data<T>(grad_ref) : nullptr;
       const ThresholdGrad<T> op =
           tables.op(term, positives, pairs.self, limits.count(), of_query, of_ref);
-      pairs.sweep([&](const Block& block, T* tile) {
+      pairs.sweep(positives, [&](const Block& block, T* tile) {
         cpu_kernels<T>().threshold_grad(pairs.batch(), block, op, tile);
       });
     }

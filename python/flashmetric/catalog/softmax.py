@@ -72,7 +72,7 @@ ENTRIES: tuple[Entry, ...] = (
         source="Khosla et al., NeurIPS 2020",
         statistic="log-sum-exp",
         reduction="anchors with a positive",
-        complexity=f"2 G forward, 5 G backward (`form` in: G and 3 G); {_LINEAR}",
+        complexity=f"G forward, 3 G backward, and a sweep over blocks that hold positives; {_LINEAR}",
         disagreements=(
             "The authors' code multiplies by T / 0.07. pytorch-metric-learning averages over losses "
             "above 0, which is the same, and returns 0 where no anchor has a negative"

@@ -14,10 +14,11 @@ from flashmetric.checks import (
     check_indices,
     check_number,
 )
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.n_pairs import L2_POWER, L2Power, n_pairs_loss
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.pair_loss import prepare_pairs
-from flashmetric.functional.pairs import AllPairs, Logit
+from flashmetric.functional.pairs import Logit
 from flashmetric.functional.softmax_rows import (
     Reduction,
     check_positive,

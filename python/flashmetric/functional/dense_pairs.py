@@ -11,9 +11,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.pairs import (
-    AllPairs,
     Logit,
     LogSumExps,
     PairLists,

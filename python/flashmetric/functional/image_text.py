@@ -8,9 +8,10 @@ from torch import Tensor
 
 from flashmetric.checks import check_choice, check_distance
 from flashmetric.distances import Metric
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.listed_pairs import as_pairs
 from flashmetric.functional.pair_loss import prepare_pairs
-from flashmetric.functional.pairs import AllPairs, Logit, LogSumExps, Pairs, Parameter
+from flashmetric.functional.pairs import Logit, LogSumExps, Pairs, Parameter
 from flashmetric.functional.softmax_rows import (
     FORM,
     Form,

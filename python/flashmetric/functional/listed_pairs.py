@@ -6,6 +6,7 @@ import copy
 import torch
 from torch import Tensor
 
+from flashmetric.functional.all_pairs import pair_distance
 from flashmetric.functional.pairs import (
     Logit,
     LogSumExps,
@@ -14,7 +15,6 @@ from flashmetric.functional.pairs import (
     Parameter,
     Sums,
     Term,
-    _pair_distance,
 )
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import Kind
@@ -44,7 +44,7 @@ class ListedPairs(Pairs):
         self.references = self.anchors if ref_emb is None else ref_emb.shape[0]
         self._dtype = accumulate_dtype(embeddings.dtype)
         a1, p, a2, n = as_pairs(indices)
-        d = _pair_distance(embeddings, ref_emb, torch.cat((a1, a2)), torch.cat((p, n)), distance)
+        d = pair_distance(embeddings, ref_emb, torch.cat((a1, a2)), torch.cat((p, n)), distance)
         if anchor_scale is not None:
             d = d * anchor_scale[torch.cat((a1, a2))]
         self.distance, self.anchor_scale = distance, anchor_scale

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flashmetric.checks import check_choice, check_distance, check_number
 from flashmetric.distances import Metric
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.pair_loss import prepare_pairs
-from flashmetric.functional.pairs import AllPairs
 from flashmetric.functional.triplet_selection import spoil
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance, accumulate_dtype

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from flashmetric.checks import check_batch, check_distance, check_indices
 from flashmetric.distances import Metric
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.dense_pairs import DenseListedPairs, DensePairs, recorded_matrices
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.normalize import normalize_rows
-from flashmetric.functional.pairs import AllPairs, Pairs
+from flashmetric.functional.pairs import Pairs
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance, has_unit_rows
 

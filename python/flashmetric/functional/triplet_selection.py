@@ -6,8 +6,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from flashmetric.functional.all_pairs import pair_distance
 from flashmetric.functional.listed_pairs import ListedPairs
-from flashmetric.functional.pairs import PairLists, Pairs, _pair_distance
+from flashmetric.functional.pairs import PairLists, Pairs
 from flashmetric.ops.distance import accumulate_dtype, poison, squared_norms
 
 Selection = Literal[
@@ -96,7 +97,7 @@ def _swapped(pairs: Pairs, p: Tensor, n: Tensor, d_an: Tensor) -> Tensor:
     if pairs.anchor_scale is not None:
         raise ValueError("swap must be False with a distance that is not symmetric")
     refs = pairs.embeddings if pairs.ref_emb is None else pairs.ref_emb
-    d_pn = _pair_distance(refs, None, p, n, pairs.distance)
+    d_pn = pair_distance(refs, None, p, n, pairs.distance)
     return torch.where(d_pn < d_an, d_pn, d_an)
 
 

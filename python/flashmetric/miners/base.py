@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from flashmetric.checks import check_distance, check_number
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs, PairLists
+from flashmetric.functional.all_pairs import AllPairs
+from flashmetric.functional.pairs import PairLists
 from flashmetric.functional.scaled_anchor import prepare_scaled_pairs
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.triplet import check_max_positives
 from flashmetric.miners.base import Miner, PairIndices, all_positives, as_pairs
 from flashmetric.miners.slabs import row_slabs

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from flashmetric.checks import check_number
-from flashmetric.functional.pairs import AllPairs
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.triplet import check_max_positives
 from flashmetric.miners.base import Miner, TripletIndices, all_positives, as_triplets
 from flashmetric.miners.slabs import RowSlab, row_slabs, uniform

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from flashmetric.checks import check_choice, check_number
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs, PairLists, largest
+from flashmetric.functional.all_pairs import AllPairs
+from flashmetric.functional.pairs import PairLists, largest
 from flashmetric.functional.triplet import check_max_positives
 from flashmetric.miners.base import Miner, PairIndices, all_positives, as_pairs, limit_of
 from flashmetric.ops.distance import Distance, accumulate_dtype

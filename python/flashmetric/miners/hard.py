@@ -7,7 +7,7 @@ import torch
 
 from flashmetric.checks import check_choice, check_flag
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.triplet import check_max_positives
 from flashmetric.miners.base import Miner, TripletIndices, all_positives, as_triplets
 from flashmetric.ops.distance import Distance

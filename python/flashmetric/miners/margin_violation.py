@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flashmetric.checks import check_choice, check_number
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs, largest
+from flashmetric.functional.all_pairs import AllPairs
+from flashmetric.functional.pairs import largest
 from flashmetric.functional.triplet import check_max_positives
 from flashmetric.miners.base import Miner, TripletIndices, as_triplets, limit_of
 from flashmetric.miners.slabs import random_rank, row_slabs, uniform

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.miners.base import Miner, TripletIndices, as_triplets
 from flashmetric.miners.slabs import nth, random_rank, row_slabs, uniform
 from flashmetric.ops.distance import Distance

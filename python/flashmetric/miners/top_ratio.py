@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashmetric.checks import check_number
 from flashmetric.distances import Metric
-from flashmetric.functional.pairs import AllPairs
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.miners.base import Miner, PairIndices
 from flashmetric.miners.slabs import row_slabs
 from flashmetric.ops.distance import SLAB_ELEMENTS, Distance
