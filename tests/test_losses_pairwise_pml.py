@@ -4,7 +4,9 @@
 import pytest
 import torch
 
+import flashmetric
 from flashmetric import MarginLoss, SNRContrastiveLoss
+from flashmetric.distances import SNR
 from presets import assert_same, labelled_rows, value_and_grads
 
 pytest.importorskip("pytorch_metric_learning", reason="the peer pytorch-metric-learning is missing")
@@ -125,3 +127,19 @@ def test_disagreement_snr_regulariser():
         SNRContrastiveLoss()(x, labels) - losses.SignalToNoiseRatioContrastiveLoss()(x, labels),
         0.005 * unit.sum(1).abs().mean(),
     )
+
+
+@pytest.mark.parametrize("constant", [0.1, 0.3, 3.3])
+@pytest.mark.parametrize("d", [7, 128, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_snr_of_a_constant_row_is_zero(constant, d, dtype):
+    """The mean of equal numbers is rounded: what that leaves is no variance."""
+    x = torch.randn(8, d, dtype=dtype)
+    x[0] = constant
+    x.requires_grad_()
+    for normalize in (False, True):
+        x.grad = None
+        loss = flashmetric.TripletMarginLoss(distance=SNR(normalize), reduction="none")
+        values = loss(x, torch.arange(8) // 2)
+        values.sum().backward()
+        assert values.max() < 100 and x.grad.isfinite().all() and x.grad.abs().max() < 1e3

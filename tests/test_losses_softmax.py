@@ -296,7 +296,8 @@ def test_image_text_scale_has_a_limit():
     expected = F.image_text_loss(x, ref_emb=r, logit_scale=math.log(50))
     torch.testing.assert_close(loss(x, ref_emb=r), expected)
     loss(x, ref_emb=r).backward()
-    assert loss.logit_scale.grad == 0
+    # An optimiser that overshot the limit must find its way back.
+    assert loss.logit_scale.grad != 0
     loss.clamp_()
     assert loss.logit_scale.item() == math.log(50)
     loss(x, ref_emb=r).backward()

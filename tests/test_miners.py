@@ -359,3 +359,9 @@ def test_copies_and_repr(miner: miners.Miner) -> None:
 def test_errors(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_ratios_of_whole_numbers_round_to_these():
+    x, labels = torch.rand(10, 3), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+    a1, _, a2, _ = TopRatioMiner(0.35, 0.28)(x, labels)
+    assert (len(a1), len(a2)) == (14, 14)  # of 40 and of 50

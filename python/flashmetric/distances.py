@@ -106,7 +106,11 @@ class SNR(Metric):
         from flashmetric.functional.normalize import normalize_rows
 
         x = normalize_rows(x) if self.normalize else x
-        return x - x.mean(1, keepdim=True)
+        centred = x - x.mean(1, keepdim=True)
+        # What a constant row leaves is the rounding of its mean, not a variance to divide by.
+        rounding = (8 * torch.finfo(x.dtype).eps) ** 2
+        wide, length = (y.detach().to(torch.float64).square().sum(1) for y in (centred, x))
+        return centred.masked_fill((wide <= rounding * length).unsqueeze(1), 0)
 
     def anchor_scale(self, rows: Tensor) -> Tensor:
         """One over the squared length of each centred row; 0 for a constant row."""

@@ -112,7 +112,9 @@ def image_text_loss(
     labels, ref_labels = label_towers(embeddings, labels, ref_emb, ref_labels, indices_tuple)
     scale: Parameter
     if isinstance(logit_scale, Tensor):
-        scale = logit_scale.clamp(max=math.log(max_scale)).exp()
+        # The gradient of a scale beyond its limit passes: it must find its way back.
+        excess = (logit_scale - math.log(max_scale)).clamp(min=0).detach()
+        scale = (logit_scale - excess).exp()
     else:
         scale = math.exp(min(logit_scale, math.log(max_scale)))
     pairs = prepare_pairs(

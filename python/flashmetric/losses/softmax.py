@@ -17,7 +17,7 @@ from flashmetric.ops.distance import Distance
 
 _N_PAIRS_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"l2": 0.02 * 0.25},
-    "pml": {},
+    "pml": {"normalize": True},
     "rdml": {"l2": 0.005 / 2, "l2_power": 1},
     "tensorflow_addons": {"l2": 0.002 * 0.25},
 }
@@ -67,7 +67,7 @@ class NPairsLoss(Loss):
         """The regulariser of the paper or of another library.
 
         Args:
-            name: ``"paper"``, ``"pml"`` (none), ``"rdml"`` (unsquared lengths) or
+            name: ``"paper"``, ``"pml"`` (none, unit rows), ``"rdml"`` (unsquared lengths) or
                 ``"tensorflow_addons"``.
             **overrides: hyper-parameters to set differently.
 

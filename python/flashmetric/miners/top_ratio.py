@@ -13,6 +13,9 @@ from flashmetric.miners.base import Miner, PairIndices
 from flashmetric.miners.slabs import row_slabs
 from flashmetric.ops.distance import SLAB_ELEMENTS, Distance
 
+# Less than any ratio that makes a difference, more than the rounding of one.
+_SLACK = 1e-9
+
 
 class TopRatioMiner(Miner):
     """The farthest share of all positive and the nearest of all negative pairs: (a1, p, a2, n).
@@ -121,10 +124,10 @@ def _hardest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors and references of the hardest pairs of a kind, and which of them are valid."""
     count = pairs.counts()[0 if positive else 1].sum()
-    # A product of the same two numbers as a host would round up.
-    wanted = (count.double() * ratio).ceil().long()
+    # A ratio such as 0.28 is a little more than that as a binary number.
+    wanted = (count.double() * (ratio - _SLACK)).ceil().long()
     width = max(1, pairs.references)
-    capacity = math.ceil(ratio * pairs.anchors * width) if fixed_size else int(wanted)
+    capacity = math.ceil((ratio - _SLACK) * pairs.anchors * width) if fixed_size else int(wanted)
 
     device = pairs.embeddings.device
     key = torch.empty(0, dtype=torch.float64, device=device)
