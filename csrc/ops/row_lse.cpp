@@ -32,7 +32,9 @@ Range distance_range(const PairBatch<T>& batch) {
   const double x = longest(batch.query), r = batch.self ? x : longest(batch.ref);
   // Norms are rounded, and so are distances.
   constexpr double kRounding = 1 + 1e-3;
-  const double u = (x + r) * (x + r) * kRounding;
+  double u = (x + r) * (x + r) * kRounding;
+  // A zero row is at u = 2 from rows of unit length, whatever the norms say.
+  if (has_unit_rows(batch.distance)) u = std::max(u, 2.0);
   switch (batch.distance) {
     case Distance::kDot:
       return {-x * r * kRounding, x * r * kRounding};
@@ -153,7 +155,7 @@ LseResult write_side(const RowLses<T>& lses, const LseRows& rows, bool of_refs,
       lse[at] = mean[at] = std::numeric_limits<T>::quiet_NaN();
     } else if (wanted && counts[at] > 0) {
       lse[at] = static_cast<T>(rows.top[t] + std::log(rows.sum[t]));
-      mean[at] = static_cast<T>(rows.moment[t] / rows.sum[t]);
+      mean[at] = rows.sum[t] == 0 ? T(0) : static_cast<T>(rows.moment[t] / rows.sum[t]);
     }
   }
   return out;

@@ -61,6 +61,7 @@ struct TermRows {
     constexpr T kSlack = sizeof(T) == 4 ? T(1e-5) : T(1e-13);
     if (!(scale[i] != T(0)) || !std::isfinite(scale[i]) || !std::isfinite(offset[i])) return;
     const T at = -offset[i] / scale[i];
+    if (!std::isfinite(at)) return;  // overflow: nothing is known
     const T widened = scale[i] < T(0) ? at + kSlack * std::abs(at) : at - kSlack * std::abs(at);
     // No distance but dot is negative.
     const bool beyond = widened <= T(0) && distance != Distance::kDot;
@@ -111,13 +112,17 @@ struct RowSums {
   }
 
   // For a hinge the sums of slopes follow from those of values: slope is the number of active
-  // pairs, and scale times moment is what offset leaves of the value.
+  // pairs, and scale times moment is what offset leaves of the value. Where the offset is much
+  // larger than the scale that difference has lost its digits.
   bool derived_slopes() const {
     for (int k = 0; k < 2; ++k) {
       if (terms[k] == Term::kNone) continue;
       if (terms[k] != Term::kHinge) return false;
       for (int64_t i = 0; i < pairs.n; ++i)
-        if (rows[k].scale[static_cast<size_t>(i)] == T(0)) return false;
+        if (!(std::abs(rows[k].offset[static_cast<size_t>(i)]) <=
+              T(8) * std::abs(rows[k].scale[static_cast<size_t>(i)])) ||
+            rows[k].scale[static_cast<size_t>(i)] == T(0))
+          return false;
     }
     return true;
   }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import DISTANCES
+from flashmetric.ops.labels import IGNORED
 
 EMBEDDING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.bool)
@@ -221,3 +222,15 @@ def _check_index(name: str, index: object, rows: int, device: torch.device) -> N
 
 def _short(value: object) -> str:
     return str(value).removeprefix("torch.")
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise unless the labels of rows that are not ignored number ``classes`` classes from 0."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED)
+    message = f"labels must be classes from 0 to {classes - 1}"
+    if labels.device.type == "cuda":
+        torch._assert_async(~wrong.any(), message)
+    elif labels.device.type == "cpu" and bool(wrong.any()):
+        raise ValueError(f"{message}; got {int(labels[wrong][0])}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs that come with a label of their own, as arguments of any loss."""
+"""Pairs that come with a label of their own, as arguments of a loss over pairs."""
 
 from typing import Any, Literal, get_args
 
@@ -16,10 +16,13 @@ _CODES = {"similar=0": (0, 1), "similar=1": (1, 0), "similar=+1/-1": (1, -1)}
 def labelled_pairs(
     x1: Tensor, x2: Tensor, y: Tensor, *, label_convention: LabelConvention
 ) -> dict[str, Any]:
-    """Pairs of rows with a label each, as the arguments by which every loss takes them.
+    """Pairs of rows with a label each, as the arguments by which a loss takes them.
 
-    The loss is over the pairs (x1[i], x2[i]) alone. Texts and libraries disagree about what a label
-    of 1 means, so there is no default.
+    The loss is over the pairs (x1[i], x2[i]) alone. It must be one that sums over pairs, such as
+    the contrastive, margin, deviance and verification losses ("pair sums" in docs/losses.md). In
+    triplet and softmax losses an anchor needs a positive and a negative; here each has one pair, so
+    that they are 0. Texts and libraries disagree about what a label of 1 means, so there is no
+    default.
 
     Args:
         x1: first rows of the pairs, shape [N, D].

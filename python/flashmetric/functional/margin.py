@@ -6,7 +6,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flashmetric.checks import check_choice, check_distance, check_number, check_parameter
+from flashmetric.checks import (
+    check_choice,
+    check_classes,
+    check_distance,
+    check_number,
+    check_parameter,
+)
 from flashmetric.distances import Metric
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pair_reduction import anchors_with_pairs, as_parameter, totals
@@ -128,8 +134,12 @@ def _of_classes(beta: Tensor, labels: Tensor | Labels | None) -> Tensor:
     if isinstance(labels, Labels):
         if labels.rule != "equal" or labels.words.ndim != 1:
             raise ValueError("labels must be one class per row for a beta per class")
+        labels = labels.words
+        check_classes(labels, len(beta))
         # Rows in no pair, whatever their boundary.
-        labels = labels.words.masked_fill(labels.words == IGNORED, 0)
+        labels = labels.masked_fill(labels == IGNORED, 0)
+    else:
+        check_classes(labels, len(beta))
     # Not beta[labels]: the gradient of that is summed in no fixed order.
     return torch.nn.functional.embedding(labels.long(), beta.unsqueeze(1)).squeeze(1)
 

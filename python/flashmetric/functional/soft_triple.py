@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmetric.checks import check_batch, check_number
+from flashmetric.checks import check_batch, check_classes, check_number
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.softmax_rows import (
     Reduction,
@@ -143,14 +143,7 @@ def _check_classes(labels: Tensor | None, rule: str, embeddings: Tensor, centers
         )
     if labels is None or rule != "equal" or labels.ndim != 1:
         raise ValueError("labels must be the number of one class per row")
-    if torch.compiler.is_compiling() or labels.numel() == 0:
-        return
-    wrong = ((labels < 0) | (labels >= centers.shape[0])) & (labels != IGNORED)
-    message = f"labels must be classes from 0 to {centers.shape[0] - 1}"
-    if labels.device.type == "cuda":
-        torch._assert_async(~wrong.any(), message)
-    elif labels.device.type == "cpu" and bool(wrong.any()):
-        raise ValueError(f"{message}; got {int(labels[wrong][0])}")
+    check_classes(labels, centers.shape[0])
 
 
 def _spread(w: Tensor) -> Tensor:

@@ -160,7 +160,9 @@ def du_dx(x: Tensor, r: Tensor, distance: str) -> Tensor:
         return (x - r).sign_()
     if distance == "chi2":
         total = x + r
-        return (x - r).mul_(x + 3 * r).div_(total * total).masked_fill_(total == 0, 0)
+        # Two quotients: the square of a small total would underflow.
+        slope = ((x + 3 * r) / total).mul_((x - r) / total)
+        return slope.masked_fill_(total == 0, 0)
     gradient = (x - r).mul_(2)
     if has_unit_rows(distance):
         gradient.masked_fill_(has_zero_row(x, r).unsqueeze(-1), 0)
