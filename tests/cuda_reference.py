@@ -60,7 +60,7 @@ def slope_of(value: Array, distance: str) -> Array:
 
 def pair_kinds(labels: Array, ref_labels: Array, rule: str) -> list[Array]:
     """Masks of the positives and of the negatives, as ops/labels.py has them."""
-    x, r = (a.reshape(len(a), -1) for a in (labels, ref_labels))
+    x, r = (a[:, None] if a.ndim == 1 else a for a in (labels, ref_labels))
     known = (x[:, :1] != IGNORED) & (r[:, 0] != IGNORED)
     if rule.startswith("group"):
         same, groups = x[:, :1] == r[:, 0], x[:, 1:] == r[:, 1]
