@@ -27,18 +27,12 @@ int triplet_threads() { return kTripletThreads; }
 int product_threads() { return kProductThreads; }
 int64_t slab_rows_of(int64_t n, int64_t m, int64_t d) { return plan_slab_rows(n, m, d); }
 int64_t slab_near_words(int64_t m) { return near_words(m); }
-int64_t slab_part_bytes() { return sizeof(SlabPart); }
+int64_t gradient_parts(int64_t d) { return plan_gradient_parts(d); }
 int64_t swept_thresholds() { return kSweptThresholds; }
 
 void product_plan(int64_t m, int64_t n, int64_t* out) {
   const ProductPlan plan = plan_product(m, n);
   out[0] = plan.grid_x;
   out[1] = plan.grid_y;
-}
-
-void slab_finish_plan(int64_t d, bool with_grad, bool merged, int64_t* out) {
-  const SlabFinishPlan plan = plan_slab_finish(d, with_grad, merged);
-  out[0] = plan.grid_y;
-  out[1] = plan.grid_z;
 }
 }

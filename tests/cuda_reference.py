@@ -2,7 +2,6 @@
 """What the tile engine's kernels must compute, in float64, and how far rounding may take them."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -171,117 +170,6 @@ def check_triplets(out: dict[str, Array], rule: dict[str, Any]) -> None:
     np.testing.assert_allclose(out["slope"], np.stack([slope, -slope]), rtol=2e-6, atol=1e-7)
     np.testing.assert_allclose(out["scale"], [1 / divisor], rtol=1e-7)
     np.testing.assert_allclose(out["loss"], [loss.sum() / divisor], rtol=2e-6, atol=1e-7)
-
-
-@dataclass
-class PairSum:
-    """Sums over all pairs, with the errors allowed."""
-
-    sums: Array
-    sums_error: Array
-    counts: Array
-    least_active: Array
-    most_active: Array
-    grad: Array
-    grad_error: Array
-
-
-def pair_sum(
-    batch: Batch,
-    formula: str,
-    margins: tuple[float, float],
-    weight: Array | None = None,
-    weight_by_ref: bool = False,
-    **options: Any,
-) -> PairSum:
-    """Both kinds' sums, counts and gradients."""
-    pairs = Pairs(batch, **options)
-    value = pairs.value
-    value_error = value_of(pairs.u + pairs.error, batch.distance) - value + 2 * EPS * np.abs(value)
-    value_error = np.maximum(value_error, value - value_of(pairs.u - pairs.error, batch.distance))
-    slope = slope_of(value, batch.distance)
-    slope_error = 2 * EPS * slope
-    if batch.distance == "euclidean":
-        slope_error = slope * np.minimum(1, 2 * value_error / np.where(value == 0, 1, value))
-    hinge = formula == "hinge"
-    results: list[list[Array]] = []
-    for kind, mask in enumerate(pairs.kinds):
-        margin = float(np.float32(margins[kind]))
-        z = value - margin if kind == 0 else margin - value
-        z_error = value_error + EPS * abs(margin)
-        z_plus, most = np.maximum(z, 0), np.maximum(z + z_error, 0)
-        loss = z_plus if hinge else z_plus**2
-        loss_error = (
-            (z + z_error > 0) * z_error * (1 if hinge else 2 * most) + 2 * EPS * loss + TINY
-        )
-        rate = (z > 0) * 1.0 if hinge else 2 * z_plus
-        rate_error = (np.abs(z) <= z_error) * 1.0 if hinge else (z + z_error > 0) * 2 * z_error
-        share = share_of(batch, weight, weight_by_ref, kind)
-        sign = 1 if kind == 0 else -1
-        h = sign * rate * slope * share * ~pairs.flat * mask
-        h_error = (
-            (rate_error * (slope + slope_error) + rate * slope_error) * np.abs(share)
-            + 4 * EPS * np.abs(h)
-        ) * mask
-        if batch.distance == "dot":
-            grad, spread = -2 * h @ pairs.r, 2 * h_error @ np.abs(pairs.r)
-        else:
-            grad = 2 * (h.sum(1)[:, None] * pairs.x - h @ pairs.r)
-            spread = np.stack(
-                [2 * e @ np.abs(x - pairs.r) for e, x in zip(h_error, pairs.x, strict=True)]
-            )
-        # Of the sums, and of the weights' planes: in proportion to the largest of a row.
-        largest = np.abs(pairs.x).max(1, initial=0)[:, None] + np.abs(pairs.r).max(1, initial=0)
-        spread += WEIGHT_EPS[batch.planes] * ((np.abs(h) + h_error) * largest).sum(1)[:, None]
-        results.append(
-            [
-                (loss * mask).sum(1),
-                (loss_error * mask).sum(1) + 4 * EPS * (loss * mask).sum(1),
-                mask.sum(1),
-                ((z > z_error + (0 if hinge else TINY**0.5)) & mask).sum(1),
-                ((z > -z_error) & mask).sum(1),
-                grad,
-                spread,
-            ]
-        )
-    return PairSum(*(np.stack(both) for both in zip(*results, strict=True)))
-
-
-def share_of(batch: Batch, weight: Array | None, by_ref: bool, kind: int) -> Array:
-    """How much of a pair's loss its query row takes part in."""
-    shape = (batch.n, batch.m)
-    if weight is None:
-        return np.full(shape, 2.0 if batch.alone else 1.0)
-    w = weight[kind].astype(np.float64)
-    if by_ref:
-        return np.broadcast_to(w[None], shape)
-    return w[:, None] + w[None] if batch.alone else np.broadcast_to(w[:, None], shape)
-
-
-def check_pair_sum(
-    batch: Batch,
-    out: dict[str, Array],
-    formula: str,
-    margins: tuple[float, float],
-    **options: Any,
-) -> None:
-    """Sums, counts and gradients are right but for rounding."""
-    expected = pair_sum(batch, formula, margins, **options)
-    if "sums" in out:
-        assert (np.abs(out["sums"] - expected.sums) <= expected.sums_error).all()
-        np.testing.assert_array_equal(out["counts"][:2], expected.counts)
-        active = out["counts"][2:]
-        assert ((expected.least_active <= active) & (active <= expected.most_active)).all()
-    if "grad" in out:
-        grad, error = expected.grad, expected.grad_error
-        ours = out["grad"]
-        if ours.ndim == 2:
-            grad, error = grad.sum(0), error.sum(0)
-            rounding = {"f": 2.0**-24, "e": 2.0**-11, "H": 2.0**-8}[ours.dtype.char]
-            error = error + rounding * np.abs(grad) + (2.0**-25 if ours.dtype.char == "e" else 0)
-            ours = widen(ours)
-        excess = np.abs(ours - grad) - error
-        assert (excess <= 0).all(), (excess.max(), np.argwhere(excess > 0)[:5])
 
 
 def swapped(batch: Batch) -> Batch:

@@ -61,9 +61,9 @@ class Known:
 class RowPairs:
     """Distances of all pairs, and what terms make of them."""
 
-    def __init__(self, batch: Batch, terms: Terms) -> None:
+    def __init__(self, batch: Batch, terms: Terms, **options: Any) -> None:
         self.batch, self.terms = batch, terms
-        self.pairs = pairs = Pairs(batch)
+        self.pairs = pairs = Pairs(batch, **options)
         name = batch.distance
         value = pairs.value
         ends = value_of(pairs.u + pairs.error, name), value_of(pairs.u - pairs.error, name)
@@ -176,18 +176,17 @@ def rounded(ours: Array, wanted: Array, error: Array) -> None:
     within(ours, wanted, error + rounding * np.abs(wanted) + floor)
 
 
-def check_row_sum(batch: Batch, terms: Terms, out: dict[str, Array]) -> None:
+def check_row_sum(batch: Batch, terms: Terms, out: dict[str, Array], **options: Any) -> None:
     """Sums, counts, slopes and the gradients of the totals."""
-    rows = RowPairs(batch, terms)
+    rows = RowPairs(batch, terms, **options)
     for kind, name in enumerate(terms.names):
         sure, maybe = rows.kept(kind, False)
         unsure = maybe & ~sure
         z = rows.z(kind, False)
         value, slope = (z.apply(function) for function in TERM[name])
         moment = slope.times(rows.d)
-        numbers = [(out["sums"][kind], value)]
-        if "slopes" in out:
-            numbers += [(out["slopes"][kind], slope), (out["slopes"][2 + kind], moment)]
+        slopes = out["slopes"][kind::2]
+        numbers = [(out["sums"][kind], value), (slopes[0], slope), (slopes[1], moment)]
         for ours, known in numbers:
             size = np.abs(known.value)
             error = (known.error * maybe + size * unsure).sum(1) + 8 * EPS * (size * maybe).sum(1)

@@ -29,22 +29,21 @@ class Terms:
     bound: Any = None
     """[2, rows of the query]"""
     shape: float = 0.0
-    immediate: bool = False
-    """Uniform numbers by value, as pair_sum has them."""
+    type: Any = np.float32
+    """Of the numbers: the accumulate type."""
 
     @classmethod
     def of_margins(cls, formula: str, margins: tuple[float, float]) -> "Terms":
-        """Those of pair_sum."""
-        offset = ((-margins[0],), (margins[1],))
-        return cls(formula, formula, offset=offset, immediate=True)
+        """A formula of what violates the margins of positives and of negatives."""
+        return cls(formula, formula, offset=((-margins[0],), (margins[1],)))
 
     @property
     def names(self) -> tuple[str, str]:
         return self.positive, self.negative
 
     def array(self, name: str) -> Array:
-        """Scale or offset in float32."""
-        return np.ascontiguousarray(getattr(self, name), np.float32)
+        """Scale or offset."""
+        return np.ascontiguousarray(getattr(self, name), self.type)
 
     @property
     def symmetric(self) -> bool:
@@ -55,17 +54,15 @@ class Terms:
     def parameter(self, name: str) -> Struct:
         """The structure RowParameter."""
         array = self.array(name)
-        if self.immediate:
-            return Struct([None, np.int64(0), np.int64(0), [*array[:, 0]]])
         stride = np.int64(array.shape[1])
         each = np.int64(array.shape[1] > 1)
-        return Struct([array, stride, each, [np.float32(0)] * 2])
+        return Struct([array, stride, each, [self.type(0)] * 2])
 
     def role(
         self, on: bool, rows: int, weight: Array | None = None, lse: Array | None = None
     ) -> Struct:
         """The structure PairRole."""
-        bound = None if self.bound is None else np.ascontiguousarray(self.bound, np.float32)
+        bound = None if self.bound is None else np.ascontiguousarray(self.bound, self.type)
         numbers = [self.parameter("scale"), self.parameter("offset")]
         return Struct([np.bool_(on), np.int64(rows), *numbers, bound, weight, lse])
 
@@ -78,7 +75,7 @@ class Terms:
         names = LOGITS if logits else TERMS
         terms = [np.int32(names.index(name)) for name in self.names]
         circle = [np.bool_(name == "circle") for name in self.names]
-        return Struct([terms, circle, np.float32(self.shape)])
+        return Struct([terms, circle, self.type(self.shape)])
 
 
 def _unwritten(shape: Any, dtype: Any) -> Uninitialised:
@@ -106,21 +103,14 @@ def _plan(batch: Batch, *, grad: bool) -> Launch:
     )
 
 
-def row_sum(
-    batch: Batch,
-    terms: Terms,
-    *,
-    grad: bool = True,
-    slopes: bool = True,
-    seed: int = 0,
-) -> dict[str, Array]:
+def row_sum(batch: Batch, terms: Terms, *, grad: bool = True, seed: int = 0) -> dict[str, Array]:
     """Sums of the query rows, and the gradient [2, n, d] of their totals in those rows."""
     chosen = _plan(batch, grad=grad)
     n = batch.n
     result = {
         "sums": _unwritten((2, n), np.float32),
         "counts": _unwritten((4, n), np.int64),
-        "slopes": _unwritten((4, n), np.float32) if slopes else None,
+        "slopes": _unwritten((4, n), np.float32),
         "grad": _unwritten((2, n, batch.d), np.float32) if grad else None,
     }
     args = [
@@ -199,32 +189,3 @@ def row_lse(batch: Batch, terms: Terms, *, seed: int = 0) -> dict[str, Array]:
     ]
     _launch(batch, "row_lse", f"row_lse_kernelILi{batch.planes}E", args, chosen, seed)
     return {name: buffer.array for name, buffer in result.items()}
-
-
-def pair_sum(
-    batch: Batch,
-    *,
-    formula: str = "hinge",
-    margins: tuple[float, float] = (0.5, 3.0),
-    grad: str | None = "separate",
-    weight: Array | None = None,
-    weight_by_ref: bool = False,
-    seed: int = 0,
-) -> dict[str, Array]:
-    """A row sum with margins; ``grad``: "separate" per kind, "sum" in the rows' dtype, or None."""
-    terms = Terms.of_margins(formula, margins)
-    result: dict[str, Array] = {}
-    if weight is None:
-        with_grad = grad == "separate"
-        result = row_sum(batch, terms, grad=with_grad, slopes=False, seed=seed)
-    if weight is not None or grad == "sum":
-        role = {} if weight is None else {"weight": weight}
-        result["grad"] = row_grad(
-            batch,
-            terms,
-            own=None if weight_by_ref else role,
-            other=role if weight_by_ref or batch.alone else None,
-            separate=grad == "separate",
-            seed=seed,
-        )
-    return result

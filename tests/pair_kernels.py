@@ -13,7 +13,7 @@ from cuda_plan import compile_shim
 from ptx_interpreter import Module, Struct, Uninitialised, launch, parse
 from ptx_interpreter.compile import CSRC, compile_ptx, find_nvcc
 
-# In the order of the enum Distance; pair_sum of the slab engine has the first four.
+# In the order of the enum Distance; the search of the slab engine is tested with the first four.
 DISTANCES = ("euclidean", "sqeuclidean", "cosine", "dot")
 ALL_DISTANCES = (*DISTANCES, "angular", "sqrt_cosine", "rbf", "cityblock", "chi2")
 
@@ -29,9 +29,13 @@ DTYPES = {
 @functools.cache
 def module(source: str) -> Module:
     """The kernels of one file of csrc/cuda."""
-    text = compile_ptx(CSRC / "cuda" / source).read_text()
+    return parse(interpretable(compile_ptx(CSRC / "cuda" / source).read_text()))
+
+
+def interpretable(text: str) -> str:
+    """PTX without what the interpreter has no bits for."""
     # log1p of float64 starts from a rough reciprocal and refines it: a better start does no harm.
-    return parse(text.replace("rcp.approx.ftz.f64", "rcp.rn.f64"))
+    return text.replace("rcp.approx.ftz.f64", "rcp.rn.f64")
 
 
 @functools.cache

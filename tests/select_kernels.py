@@ -15,6 +15,8 @@ from slab_kernels import Operand, multiply, symbol
 
 TERMS: tuple[str, ...] = Formula.__args__
 LABEL_RULES = ("equal", "any", "group")
+# In the order of label_rule.h; both is kBothKinds.
+KIND_NUMBERS = {**{kind: k for k, kind in enumerate(KINDS)}, "both": 3}
 DIRECT = {"cityblock": "NS_9Cityblock", "chi2": "NS_4Chi2"}
 
 
@@ -80,6 +82,8 @@ class DistanceSlabs:
         kernel = f"{name}_kernelI{DTYPES[self.type.name][1]}{DIRECT[self.distance]}E"
         members = [*arguments, np.int32(DISTANCES.index(self.distance))]
         grid = tuple(plan("product_plan", m, n)[:2])
+        if 0 in grid:
+            return
         run("slab_direct.cu", kernel, grid, number("product_threads"), Struct(members), self.seed)
 
     def distances(
@@ -97,7 +101,7 @@ class DistanceSlabs:
             slab = multiply(rows, r.rows, transposed=True)
         near = unwritten((n, number("slab_near_words", m)), np.uint32) if with_near else None
         problem = self.problem(begin, swapped)
-        kind = np.int32(KINDS.index(self.kind))
+        kind = np.int32(KIND_NUMBERS[self.kind])
         arguments = Struct([problem, self.labelling(), kind, slab, near])
         self.launch("slab_distance.cu", symbol("slab_distance", self.type.name), n, arguments)
         result(slab)
@@ -164,19 +168,36 @@ class DistanceSlabs:
             arguments = Struct([problem, term, table, *roles, slab, near, weight, total])
             kernel = symbol("threshold_weigh", t.name)
             self.launch("threshold_grad.cu", kernel, rows, arguments)
-            h = result(weight)
-            if is_direct(self.distance):
-                own = x.rows[begin : begin + rows].copy()
-                pulled = unwritten((rows, d), t)
-                product = [h, r.rows, pulled, np.int64(rows), np.int64(d), np.int64(m)]
-                self.direct("direct_pull", [product, own], rows, d)
-            else:
-                pulled = multiply(h, r.rows, transposed=False)
-            arguments = Struct([problem, slab, near, result(total), result(pulled), grad])
-            parts = plan("slab_finish_plan", d, True, True)[0]
-            kernel = symbol("slab_gradient", x.dtype)
-            self.launch("slab_distance.cu", kernel, rows, arguments, parts)
+            self.write_gradient(begin, swapped, slab, near, result(weight), result(total), grad)
         return result(grad)
+
+    def write_gradient(
+        self,
+        begin: int,
+        swapped: bool,
+        slab: Uninitialised,
+        near: np.ndarray | None,
+        weight: np.ndarray,
+        total: np.ndarray,
+        grad: Uninitialised,
+    ) -> None:
+        """Rows of ``grad`` from weights of pairs; those of near pairs are in ``slab``."""
+        x, r = self.sides(swapped)
+        (rows, m), d, t = weight.shape, x.rows.shape[1], self.type
+        if is_direct(self.distance):
+            own = x.rows[begin : begin + rows].copy()
+            pulled = unwritten((rows, d), t)
+            product = [weight, r.rows, pulled, np.int64(rows), np.int64(d), np.int64(m)]
+            self.direct("direct_pull", [product, own], rows, d)
+        else:
+            pulled = multiply(weight, r.rows, transposed=False)
+        problem = self.problem(begin, swapped)
+        arguments = Struct([problem, slab, near, total, result(pulled), grad])
+        parts = number("gradient_parts", d)
+        # Bits of bfloat16 are rows as they came; others say what they are.
+        dtype = x.dtype if grad.array.dtype == x.raw.dtype else grad.array.dtype.name
+        kernel = symbol("slab_gradient", dtype)
+        self.launch("slab_distance.cu", kernel, rows, arguments, parts)
 
     def nearest_beyond(self, farthest: bool, thresholds: np.ndarray) -> np.ndarray:
         """Indices [n, count]."""

@@ -19,8 +19,6 @@ from pair_kernels import (
 )
 from ptx_interpreter import Struct, Uninitialised
 
-FORMULAS = ("hinge", "squared_hinge")
-
 
 def symbol(name: str, dtype: str, more: str = "") -> str:
     """Part of the symbol of the kernel for ``dtype``."""
@@ -32,6 +30,8 @@ def multiply(a: np.ndarray, b: np.ndarray, *, transposed: bool) -> Uninitialised
     (m, k), n = a.shape, b.shape[0 if transposed else 1]
     out = unwritten((m, n), a.dtype)
     grid = plan("product_plan", m, n)[:2]
+    if 0 in grid:
+        return out  # as the launcher, which has nothing to do
     arguments = Struct([a, b, out, np.int64(m), np.int64(n), np.int64(k)])
     kernel = symbol("product", a.dtype.name, f"Lb{int(transposed)}E")
     run("slab_product.cu", kernel, grid, number("product_threads"), arguments)
@@ -108,60 +108,3 @@ class Slabs:
             kernel = symbol("slab_hardest", self.wide)
             run("slab.cu", kernel, len(rows), number("slab_threads"), arguments, seed)
         return result(index), result(distance)
-
-    def pair_sum(
-        self,
-        formula: str,
-        margins: tuple[float, float],
-        *,
-        weight: np.ndarray | None = None,
-        merged: bool = False,
-        with_grad: bool = True,
-        swapped: bool = False,
-        seed: int = 0,
-    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """Sums, counts and gradient of one pass over the rows of x (``swapped``: of r)."""
-        x, r = (self.r, self.x) if swapped else (self.x, self.r)
-        (n, d), m, t = x.rows.shape, len(r.rows), np.dtype(self.wide)
-        weights = [None, None] if weight is None else [row.astype(t) for row in weight]
-        with_sums = not merged and not swapped
-        sums = unwritten((2, n), t) if with_sums else None
-        counts = unwritten((4, n), np.int64) if with_sums else None
-        kinds = 1 if merged else 2
-        out_dtype = x.dtype if merged else self.wide
-        shape = (n, d) if merged else (2, n, d)
-        grad = unwritten(shape, x.raw.dtype if merged else t) if with_grad else None
-        grid = plan("slab_finish_plan", d, with_grad, merged)[:2]
-        for begin in range(0, n, self.step):
-            part = x.rows[begin : begin + self.step].copy()
-            rows = len(part)
-            products = multiply(part, r.rows, transposed=True)
-            positive = unwritten((rows, m), t) if with_grad and not merged else None
-            near = unwritten((rows, number("slab_near_words", m)), np.uint32)
-            parts = unwritten(2 * rows * number("slab_part_bytes"), np.uint8)
-            common = [
-                self.problem(begin, x, r),
-                np.int32(FORMULAS.index(formula)),
-                [np.float64(margin) for margin in margins],
-                weights,
-                np.bool_(swapped),
-                np.bool_(merged),
-                products,
-                positive,
-                np.bool_(with_grad),
-                near,
-                parts,
-            ]
-            first = Struct([*common, [None, None], sums, counts, grad])
-            kernel = symbol("slab_weigh", self.wide)
-            run("slab_sum.cu", kernel, rows, number("slab_threads"), first, seed)
-            pulled: list = [None, None]
-            if with_grad:
-                weighed = [products] if merged else [positive, products]
-                for k, h in enumerate(weighed):
-                    pulled[k] = multiply(result(h), r.rows, transposed=False)
-            second = Struct([*common, pulled, sums, counts, grad])
-            kernel = symbol("slab_sum_finish", out_dtype)
-            run("slab_sum.cu", kernel, (rows, *grid), number("slab_threads"), second, seed)
-        assert kinds == (grid[1] if with_grad or with_sums else kinds)
-        return tuple(None if out is None else result(out) for out in (sums, counts, grad))

@@ -20,18 +20,10 @@ from cuda_batch import Batch
 from cuda_mutants import MUTANTS as TILE_MUTANTS
 from cuda_mutants import Mutant
 from cuda_plan import A100
-from cuda_reference import (
-    check_hardest,
-    check_pair_sum,
-    check_triplets,
-    lowest_hardest,
-    problem,
-    swapped,
-    unit,
-)
+from cuda_reference import check_hardest, check_triplets, lowest_hardest, problem, swapped, unit
 from cuda_row_mutants import ROW_MUTANTS
 from cuda_row_reference import check_row_grad, check_row_lse, check_row_sum
-from cuda_rows import Terms, pair_sum, row_grad, row_lse, row_sum
+from cuda_rows import Terms, row_grad, row_lse, row_sum
 from ptx_interpreter import Module, PtxError, Uninitialised, parse
 from ptx_interpreter.compile import CSRC, ROOT, compile_ptx
 
@@ -91,18 +83,27 @@ def check_close_calls() -> None:
     check_hardest(batch, batch.hardest(False))
 
 
+def check_margins(batch: Batch, margins: tuple[float, float]) -> None:
+    terms = Terms.of_margins("hinge", margins)
+    check_row_sum(batch, terms, row_sum(batch, terms))
+
+
+def check_weights(batch: Batch, margins: tuple[float, float], weight: Any) -> None:
+    # Of the references' sums.
+    terms, role = Terms.of_margins("hinge", margins), {"weight": np.float32(weight)}
+    check_row_grad(batch, terms, row_grad(batch, terms, other=role), other=role)
+
+
 def check_sums() -> None:
     # Five chunks of features: two parts of the gradient.
     batch = problem(np.random.default_rng(5), 70, 140, 3, **WHERE)
-    margins = (0.5, 16.5)
-    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
+    check_margins(batch, (0.5, 16.5))
 
 
 def check_many_tiles() -> None:
     # The stages of the third tile's chunks begin again with the first.
     batch = problem(np.random.default_rng(5), 9, 140, 3, 140, **WHERE)
-    margins = (0.5, 16.5)
-    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
+    check_margins(batch, (0.5, 16.5))
 
 
 def check_growth() -> None:
@@ -110,9 +111,7 @@ def check_growth() -> None:
     rng = np.random.default_rng(6)
     batch = problem(rng, 40, 20, 3, 150, **WHERE)
     weight = np.repeat(2.0 ** np.array([0, 8, 16]), 64)[:150] * rng.uniform(1, 2, (2, 150))
-    options: dict[str, Any] = {"weight": np.float32(weight), "weight_by_ref": True}
-    out = pair_sum(batch, margins=(0.5, 7.0), **options)
-    check_pair_sum(batch, out, "hinge", (0.5, 7.0), **options)
+    check_weights(batch, (0.5, 7.0), weight)
 
 
 def check_near_first() -> None:
@@ -122,11 +121,9 @@ def check_near_first() -> None:
     x = r[:3] + 2.0**-10 * rng.integers(-1, 2, (3, 40))
     r[64:] += 1e3 * rng.standard_normal((26, 40))
     batch = Batch(np.float32(x), np.arange(3) % 2, np.float32(r), np.arange(90) % 2, **WHERE)
-    margins = (0.001, 9e3)
     weight = np.where(np.arange(90) < 64, 1, 2.0**-14) * np.ones((2, 1))
-    options: dict[str, Any] = {"weight": np.float32(weight), "weight_by_ref": True}
-    check_pair_sum(batch, pair_sum(batch, margins=margins, **options), "hinge", margins, **options)
-    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
+    check_weights(batch, (0.001, 9e3), weight)
+    check_margins(batch, (0.001, 9e3))
 
 
 def check_small_margin() -> None:
@@ -135,8 +132,7 @@ def check_small_margin() -> None:
     for i in range(5):
         x[160 + 8 * i] = x[32 * i] + 1e-5 * rng.standard_normal(40)
     batch = Batch(x.astype(np.float32), np.arange(200), **WHERE)
-    margins = (0.0, 2e-4)
-    check_pair_sum(batch, pair_sum(batch, margins=margins), "hinge", margins)
+    check_margins(batch, (0.0, 2e-4))
 
 
 def check_bounds() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pair_kernels import DISTANCES, DTYPES, decode, number, plan, result, run, unwritten
+from pair_kernels import DISTANCES, DTYPES, number, result, run, unwritten
 from ptx_interpreter import Struct
-from slab_kernels import FORMULAS, Operand, Slabs, multiply, symbol
+from slab_kernels import Operand, Slabs, multiply, symbol
 
 WIDE = ("float32", "float64")
 
@@ -186,171 +186,10 @@ def test_rows_that_are_not_finite_poison_all_distances(dtype: str, exact: bool) 
             np.testing.assert_array_equal(distance[kind][~found], 0)
 
 
-def pair_sums(
-    batch: Slabs, formula: str, margins: tuple[float, float], weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sums, counts, and gradients [2, ...] of the sums weighted by query row, float64."""
-    x, r = batch.x.values, batch.r.values
-    u = all_u(batch)
-    d = value(u, batch.distance)
-    sums, counts = np.zeros((2, len(x))), np.zeros((4, len(x)), np.int64)
-    of_x, of_r = np.zeros((2, *x.shape)), np.zeros((2, *r.shape))
-    slope = {"euclidean": 0.5 / np.where(d == 0, np.inf, d), "sqeuclidean": np.ones_like(d)}.get(
-        batch.distance, np.full_like(d, 0.5)
-    )
-    if batch.distance == "cosine":
-        slope[~x.any(1)[:, None] | ~r.any(1)] = 0
-    for kind, mask in enumerate(kinds(batch)):
-        z = np.where(mask, d - margins[0] if kind == 0 else margins[1] - d, 0)
-        loss = np.maximum(z, 0)
-        outer = np.where(z > 0, 1 if kind == 0 else -1, 0) * slope * weight[kind][:, None]
-        if formula == "squared_hinge":
-            outer, loss = outer * 2 * loss, loss**2
-        sums[kind] = loss.sum(1)
-        counts[kind], counts[2 + kind] = mask.sum(1), (z > 0).sum(1)
-        h = 2 * outer
-        if batch.distance == "dot":
-            of_x[kind], of_r[kind] = -h @ r, -h.T @ x
-        else:
-            of_x[kind] = h.sum(1)[:, None] * x - h @ r
-            of_r[kind] = h.sum(0)[:, None] * r - h.T @ x
-    return sums, counts, of_x, of_r
-
-
-def near(ours: np.ndarray, exact: np.ndarray, dtype: str) -> None:
-    """Equal but for rounding."""
-    assert ours.shape == exact.shape
-    error = (2e-5 if dtype != "float64" else 1e-11) + 2 * (DTYPES[dtype][2])
-    np.testing.assert_allclose(ours, exact, rtol=error, atol=error * max(1, np.abs(exact).max()))
-
-
-def margins_for(batch: Slabs) -> tuple[float, float]:
-    """Margins that make part of the pairs active and are far from every pair's distance."""
-    d = np.unique(value(all_u(batch), batch.distance)[sum(kinds(batch)) > 0])
-    gaps = np.diff(d)
-
-    def widest(low: float, high: float) -> float:
-        first = int(d.size * low)
-        at = first + int(gaps[first : max(first + 1, int(d.size * high))].argmax())
-        return float(d[at] + d[at + 1]) / 2
-
-    return (0.5, 0.5) if d.size < 2 else (widest(0.2, 0.5), widest(0.5, 0.8))
-
-
-def check_pair_sum(batch: Slabs, formula: str) -> None:
-    """Sums, counts and gradients of both passes are those of float64."""
-    margins = margins_for(batch)
-    ones = np.ones((2, len(batch.x.rows)))
-    sums, counts, of_x, of_r = pair_sums(batch, formula, margins, ones)
-    wide = batch.wide
-    ours = batch.pair_sum(formula, margins)
-    near(ours[0], sums, wide)
-    np.testing.assert_array_equal(ours[1], counts)
-    if batch.alone:
-        near(ours[2], of_x + of_r, wide)
-    else:
-        near(ours[2], of_x, wide)
-        near(batch.pair_sum(formula, margins, swapped=True)[2], of_r, wide)
-    without = batch.pair_sum(formula, margins, with_grad=False)
-    np.testing.assert_array_equal(without[0], ours[0])
-    np.testing.assert_array_equal(without[1], ours[1])
-    assert without[2] is None
-
-
-def check_backward(batch: Slabs, formula: str, rng: np.random.Generator) -> None:
-    """The gradient of weighted sums is that of float64."""
-    margins = margins_for(batch)
-    weight = rng.standard_normal((2, len(batch.x.rows)))
-    _, _, of_x, of_r = pair_sums(batch, formula, margins, weight)
-    dtype = batch.x.dtype
-    options: dict[str, Any] = {"weight": weight, "merged": True}
-    ours = decode(batch.pair_sum(formula, margins, **options)[2], dtype)
-    if batch.alone:
-        near(ours, (of_x + of_r).sum(0), dtype)
-    else:
-        near(ours, of_x.sum(0), dtype)
-        ours = decode(batch.pair_sum(formula, margins, swapped=True, **options)[2], dtype)
-        near(ours, of_r.sum(0), dtype)
-
-
-@pytest.mark.parametrize("formula", FORMULAS)
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("dtype", WIDE)
-def test_pair_sum(dtype: str, distance: str, formula: str) -> None:
-    rng = np.random.default_rng(9)
-    check_pair_sum(slabs(rng, dtype, distance, 37, None, 11, 16), formula)
-    check_pair_sum(slabs(rng, dtype, distance, 11, 33, 11, 8), formula)
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pair_sum_backward(dtype: str, distance: str) -> None:
-    rng = np.random.default_rng(10)
-    check_backward(slabs(rng, dtype, distance, 35, None, 11, 16), "hinge", rng)
-    check_backward(slabs(rng, dtype, distance, 9, 34, 11, 8), "squared_hinge", rng)
-
-
-@pytest.mark.parametrize("classes", [1, 10**6])
-@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 1), (5, 257)])
-def test_pair_sum_sizes(n: int, d: int, classes: int) -> None:
-    rng = np.random.default_rng(11)
-    batch = slabs(rng, "float32", "sqeuclidean", n, None, d, 128, classes)
-    if n > 1:
-        check_pair_sum(batch, "hinge")
-        return
-    sums, counts, grad = batch.pair_sum("hinge", (0.0, 1.0))
-    assert not sums.any() and not counts.any() and not grad.any()
-
-
-def test_pair_sum_of_many_references() -> None:
-    rng = np.random.default_rng(16)
-    # As many as the marks of a row take several rounds; whole numbers make the sums exact.
-    x = Operand(np.array([[4096.0], [1.0]]), np.array([0, 1]), "float32")
-    m = 8300
-    r = np.where(rng.random((m, 1)) < 0.01, 4096, 0) + rng.integers(-3, 4, (m, 1))
-    batch = Slabs(x, Operand(r, rng.integers(0, 2, m), "float32"), "sqeuclidean", 2)
-    margins = (4.5, 20.5)
-    sums, counts, of_x, _ = pair_sums(batch, "hinge", margins, np.ones((2, 2)))
-    ours = batch.pair_sum("hinge", margins)
-    np.testing.assert_allclose(ours[0], sums, rtol=1e-6)
-    np.testing.assert_array_equal(ours[1], counts)
-    np.testing.assert_allclose(ours[2], of_x, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", WIDE)
-def test_near_pairs_by_exact_differences(dtype: str) -> None:
-    rng = np.random.default_rng(12)
-    # Far from the origin all pairs are near ones; whole numbers make their sums exact.
-    x = Operand(4096 + rng.integers(-4, 5, (35, 3)), rng.integers(0, 3, 35), dtype)
-    batch = Slabs(x, x, "sqeuclidean", 16)
-    margins = (10.5, 60.5)
-    sums, counts, of_x, of_r = pair_sums(batch, "hinge", margins, np.ones((2, 35)))
-    ours = batch.pair_sum("hinge", margins)
-    for a, b in zip(ours, (sums, counts, of_x + of_r), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_pair_sums_of_rows_that_are_not_finite_are_nan(distance: str) -> None:
-    rng = np.random.default_rng(13)
-    x = rows_of(rng, 20, 5, distance)
-    x[3, 1] = np.nan
-    batch = Slabs(*[Operand(x, np.arange(20) // 19, "float32")] * 2, distance, 20)
-    sums, counts, grad = batch.pair_sum("hinge", (0.1, 0.5))
-    np.testing.assert_array_equal(np.isnan(sums), counts[:2] > 0)
-    assert np.isnan(grad).all()
-    merged = batch.pair_sum("hinge", (0.1, 0.5), weight=np.ones((2, 20)), merged=True)[2]
-    assert np.isnan(merged).all()
-
-
 def test_order_of_threads_does_not_matter() -> None:
     rng = np.random.default_rng(14)
     batch = slabs(rng, "float32", "euclidean", 40, None, 9, 40)
-    for first, second in zip(
-        batch.hardest() + batch.pair_sum("hinge", (0.5, 4.0)),
-        batch.hardest(seed=1) + batch.pair_sum("hinge", (0.5, 4.0), seed=1),
-        strict=True,
-    ):
+    for first, second in zip(batch.hardest(), batch.hardest(seed=1), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
@@ -412,5 +251,4 @@ def test_plans() -> None:
     assert number("slab_rows_of", 1 << 16, 1 << 16, 128) == 64
     assert number("slab_rows_of", 100, 1 << 23, 128) == 1
     assert number("slab_rows_of", 1 << 20, 1, 1) == 65536
-    assert plan("slab_finish_plan", 257, True, False)[:2] == [2, 2]
-    assert plan("slab_finish_plan", 0, False, True)[:2] == [1, 1]
+    assert [number("gradient_parts", d) for d in (0, 256, 257)] == [1, 1, 2]

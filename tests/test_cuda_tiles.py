@@ -9,14 +9,14 @@ from cuda_plan import A100, ADA, H100, TURING, DeviceLimits, Launch, plan
 from cuda_reference import (
     Array,
     check_hardest,
-    check_pair_sum,
     check_triplets,
     encode,
     problem,
     unit,
     usual_margins,
 )
-from cuda_rows import pair_sum
+from cuda_row_reference import check_row_sum
+from cuda_rows import Terms, row_sum
 
 DTYPES = ["float32", "float16", "bfloat16"]
 DEVICES = {"sm_75": TURING, "sm_80": A100, "sm_89": ADA, "sm_90": H100}
@@ -104,8 +104,8 @@ PARTS = ["owner", "rectangular", "symmetric"]
 
 def planned(part: str, planes: int, n: int, d: int, limits: DeviceLimits) -> Launch:
     """The launch of a kernel for n rows against as many."""
-    if part.startswith("pair_sum"):
-        return plan().fm_plan_row_sum(planes, n, d, int(part == "pair_sum_grad"), limits)
+    if part.startswith("row_sum"):
+        return plan().fm_plan_row_sum(planes, n, d, int(part == "row_sum_grad"), limits)
     choose = plan().fm_plan_hardest if part == "owner" else plan().fm_plan_hardest_shared
     return choose(planes, n, n, d, int(part == "symmetric"), limits)
 
@@ -132,16 +132,16 @@ def test_hardest_with_and_without_resident_rows(arch: str, planes: int, part: st
         check_triplets(out, rule)
 
 
-@pytest.mark.parametrize("part", ["pair_sum", "pair_sum_grad"])
+@pytest.mark.parametrize("part", ["row_sum", "row_sum_grad"])
 @pytest.mark.parametrize(("arch", "planes"), KERNELS)
-def test_pair_sum_with_and_without_resident_rows(arch: str, planes: int, part: str) -> None:
+def test_row_sum_with_and_without_resident_rows(arch: str, planes: int, part: str) -> None:
     rng = np.random.default_rng(3)
     dtype = "float32" if planes == 2 else "bfloat16"
-    limits, grad = DEVICES[arch], "separate" if part == "pair_sum_grad" else None
+    limits, grad = DEVICES[arch], part == "row_sum_grad"
     for d in depths(part, planes, limits):
         batch = problem(rng, 33, d, 3, 65, dtype=dtype, planes=planes, arch=arch, limits=limits)
-        margins = usual_margins("euclidean", d)
-        check_pair_sum(batch, pair_sum(batch, margins=margins, grad=grad), "hinge", margins)
+        terms = Terms.of_margins("hinge", usual_margins("euclidean", d))
+        check_row_sum(batch, terms, row_sum(batch, terms, grad=grad))
 
 
 def test_rows_are_resident_where_they_fit() -> None:
@@ -150,7 +150,7 @@ def test_rows_are_resident_where_they_fit() -> None:
         (arch, planes, part)
         for arch, limits in DEVICES.items()
         for planes in (1, 2)
-        for part in [*PARTS, "pair_sum", "pair_sum_grad"]
+        for part in [*PARTS, "row_sum", "row_sum_grad"]
         if len(depths(part, planes, limits)) == 1
     }
     assert never == {("sm_75", 2, "rectangular"), ("sm_75", 2, "symmetric")}
@@ -161,9 +161,8 @@ def test_half_precision_of_float32_rows() -> None:
     rng = np.random.default_rng(4)
     batch = problem(rng, 40, 50, 4, dtype="float32", planes=1)
     check_hardest(batch, batch.hardest(True), operand_eps=2.0**-10)
-    margins = usual_margins("euclidean", 50)
-    out = pair_sum(batch, margins=margins)
-    check_pair_sum(batch, out, "hinge", margins, operand_eps=2.0**-10)
+    terms = Terms.of_margins("hinge", usual_margins("euclidean", 50))
+    check_row_sum(batch, terms, row_sum(batch, terms), operand_eps=2.0**-10)
 
 
 def test_unit_rows_of_every_dtype() -> None:
@@ -174,10 +173,5 @@ def test_unit_rows_of_every_dtype() -> None:
         labels = rng.integers(0, 3, 34)
         planes = 2 if dtype == "float32" else 1
         batch = Batch(encode(x, dtype), labels, planes=planes, distance="cosine")
-        margins = usual_margins("cosine", 40)
-        check_pair_sum(
-            batch,
-            pair_sum(batch, margins=margins, formula="squared_hinge"),
-            "squared_hinge",
-            margins,
-        )
+        terms = Terms.of_margins("squared_hinge", usual_margins("cosine", 40))
+        check_row_sum(batch, terms, row_sum(batch, terms))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from flashmetric import ContrastiveLoss, TripletMarginLoss
+from flashmetric import ContrastiveLoss, TripletMarginLoss, _library
 
 N, D = 8192, 32
 MATRIX_BYTES = N * N * 4
@@ -104,6 +104,38 @@ def test_every_loss() -> None:
     assert len(lines) > 20
     for name, grown in lines:
         assert int(grown) < MATRIX_BYTES / 4, name
+
+
+# Blocks without a pair of the wanted kind are left out: what remains is what a row costs.
+MANY_ROWS = """
+import resource, sys
+import torch
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(n):
+    pairs = torch.randn(n, 1), torch.arange(n) // 4, None, None, "equal", "euclidean"
+    one = torch.ones(2, 1)
+    torch.ops.flashmetric.row_sum(*pairs, "linear", "none", one, one, None, False)
+
+import flashmetric
+torch.set_num_threads(2)
+step(2048)
+before = peak()
+step(int(sys.argv[1]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(_library.backend != "native", reason="blocks are the native library's")
+def test_many_rows_need_no_list_of_blocks() -> None:
+    rows = 1_000_000
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_ROWS, str(rows)], capture_output=True, text=True, check=True
+    )
+    # About 180 bytes a row; a list of the blocks would add 290 and grow with the square.
+    assert int(result.stdout) < 300 * rows
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,7 +17,7 @@ from flashmetric.ops.hardest_triplets import (
     hardest_triplets_fallback,
 )
 from flashmetric.ops.pair_distance import pair_distance_backward_fallback, pair_distance_fallback
-from flashmetric.ops.pair_sum import pair_sum_backward_fallback, pair_sum_fallback
+from flashmetric.ops.row_sum import row_sum_backward_fallback, row_sum_fallback
 from flashmetric.reference import pairwise_distance
 from helpers import DISTANCES, DTYPES, make_labels, make_rows
 
@@ -29,8 +29,8 @@ FALLBACKS = {
     "hardest_triplets_backward": hardest_triplets_backward_fallback,
     "pair_distance": pair_distance_fallback,
     "pair_distance_backward": pair_distance_backward_fallback,
-    "pair_sum": pair_sum_fallback,
-    "pair_sum_backward": pair_sum_backward_fallback,
+    "row_sum": row_sum_fallback,
+    "row_sum_backward": row_sum_backward_fallback,
 }
 
 
@@ -48,6 +48,15 @@ def sides(
         return x, labels, None, None
     r = make_rows(m, d, dtype, device=device, strides=strides).detach()
     return x, labels, r, make_labels(m, device=device)
+
+
+def margin_terms(
+    x: Tensor, formula: str, low: float, high: float
+) -> tuple[str, str, Tensor, Tensor, None]:
+    """Arguments of a row sum of f(d - low) over positives and of f(high - d) over negatives."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale, offset = torch.tensor([[[1], [-1]], [[-low], [high]]], dtype=dtype, device=x.device)
+    return formula, formula, scale, offset, None
 
 
 def calls(
@@ -70,12 +79,13 @@ def calls(
             args = (grad, x, r, qi, ri, values, distance, *flags)
             result.append(("pair_distance_backward", args))
     grad = torch.randn((2, n), dtype=result_dtype, device=x.device)
+    pairs = (x, labels, r, ref_labels, "equal", distance)
     for formula in FORMULAS:
-        margins = (formula, 0.5, 3.0)
+        terms = margin_terms(x, formula, 0.5, 3.0)
         for flags in ((True,), (True, False), (False,)):
-            result.append(("pair_sum", (*batch, *margins, *flags)))
+            result.append(("row_sum", (*pairs, *terms, *flags)))
         for flags in ((), (False,)):
-            result.append(("pair_sum_backward", (grad, *batch, *margins, *flags)))
+            result.append(("row_sum_backward", (grad, *pairs, *terms, *flags)))
     for reduction, smooth in itertools.product(("mean", "mean_nonzero", "sum"), (False, True)):
         for flags in ((False,), (True,), (False, True)):
             args = (*batch, 0.2, smooth, reduction, *flags)
@@ -220,7 +230,8 @@ def test_missing_pairs_do_not_touch_the_row_that_stands_in(device: torch.device)
 def test_counts(device: torch.device) -> None:
     x = torch.tensor([[0.0], [1.0], [3.0]], device=device)
     labels = torch.tensor([0, 0, 1], device=device)
-    sums, counts, _, _ = OPS.pair_sum(x, labels, None, None, "euclidean", "hinge", 0.5, 2.5, False)
+    pairs = (x, labels, None, None, "equal", "euclidean")
+    sums, counts, *_ = OPS.row_sum(*pairs, *margin_terms(x, "hinge", 0.5, 2.5), False)
     assert sums.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]
     assert counts.tolist() == [[1, 1, 0], [1, 1, 2], [1, 1, 0], [0, 1, 1]]
 
@@ -230,12 +241,12 @@ def test_non_finite_rows_spoil_all_pairs(m: int | None, device: torch.device) ->
     x, labels, r, ref_labels = sides(8, m, 3, device=device)
     labels[:] = torch.arange(8) % 2
     (x if r is None else r)[2, 1] = torch.inf
-    pairs = (x, labels, r, ref_labels, "sqeuclidean", "hinge", 0.0, 1.0)
-    sums, counts, grad_query, grad_ref = OPS.pair_sum(*pairs, True)
+    pairs = (x, labels, r, ref_labels, "equal", "sqeuclidean", *margin_terms(x, "hinge", 0.0, 1.0))
+    sums, counts, _, grad_query, grad_ref = OPS.row_sum(*pairs, True)
     some = counts[:2] > 0
     assert sums[some].isnan().all() and not sums[~some].any()
     assert grad_query[some].isnan().all()
-    grad_query, grad_ref = OPS.pair_sum_backward(torch.ones_like(sums), *pairs)
+    grad_query, grad_ref = OPS.row_sum_backward(torch.ones_like(sums), *pairs)
     assert grad_query[some.any(0)].isnan().all()
 
 
@@ -248,14 +259,14 @@ def test_non_finite_rows_without_a_pair_spoil_nothing(
         if rows is not None:
             rows.fill_(torch.nan)
     batch = (x, labels, r, ref_labels, "euclidean")
-    pairs = (*batch, "hinge", 0.0, 1.0)
+    pairs = (*batch[:4], "equal", "euclidean", *margin_terms(x, "hinge", 0.0, 1.0))
     grad = x.new_ones((2, len(x)))
     for outputs in (
         OPS.hardest(*batch)[1:],
         OPS.hardest(*batch, True)[1:],
         OPS.hardest_triplets(*batch, 0.2, False, "mean", False)[0:1],
-        OPS.pair_sum(*pairs, True),
-        OPS.pair_sum_backward(grad, *pairs),
+        OPS.row_sum(*pairs, True),
+        OPS.row_sum_backward(grad, *pairs),
     ):
         assert not any(output.any() for output in outputs)
 
@@ -297,15 +308,16 @@ def test_cosine_of_zero_rows(
             rows[::3] = 0
             torch.nn.functional.normalize(rows, out=rows)
     labels[:] = torch.arange(14) % 2
-    batch = (x, labels, r, ref_labels, "cosine")
+    batch = (x, labels, r, ref_labels, "equal", "cosine")
     refs, classes = (x, labels) if r is None else (r, ref_labels)
     d = pairwise_distance(x.double(), refs.double(), "cosine")
     same = labels[:, None] == classes
     pairs = same & ~torch.eye(14, dtype=torch.bool, device=device) if r is None else same, ~same
     violations = d - margins[0], margins[1] - d
     for power, formula in enumerate(FORMULAS, start=1):
-        sums, counts, *grads = OPS.pair_sum(*batch, formula, *margins, True)
-        both = OPS.pair_sum_backward(torch.ones_like(sums), *batch, formula, *margins)
+        pairs_of = (*batch, *margin_terms(x, formula, *margins))
+        sums, counts, _, *grads = OPS.row_sum(*pairs_of, True)
+        both = OPS.row_sum_backward(torch.ones_like(sums), *pairs_of)
         for kind in range(2):
             expected = (violations[kind].relu() ** power * pairs[kind]).sum(1)
             torch.testing.assert_close(sums[kind].double(), expected, rtol=1e-5, atol=1e-5)

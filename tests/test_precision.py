@@ -36,14 +36,16 @@ def eager_sums(
 
 @pytest.mark.parametrize("classes", [3, 48])
 @pytest.mark.parametrize("d", [512, 2048])
-def test_pair_sum_of_offset_rows(d: int, classes: int, device: torch.device) -> None:
+def test_row_sum_of_offset_rows(d: int, classes: int, device: torch.device) -> None:
     x = 1 + 0.2 * torch.rand(96, d, device=device)
     labels = torch.arange(96, device=device) % classes
     # Above every distance: a pair at the margin is active or not by a rounding error.
     margin = 1.01 * reference.pairwise_distance(x, x).max().item()
     truth = eager_sums(x.double(), labels, margin, lambda x: reference.pairwise_distance(x, x))
     eager = eager_sums(x, labels, margin, plain_distances)
-    sums, _, grad, _ = OPS.pair_sum(x, labels, None, None, "euclidean", "hinge", 0.0, margin, True)
+    pairs = (x, labels, None, None, "equal", "euclidean")
+    scale, offset = x.new_tensor([[1], [-1]]), x.new_tensor([[0], [margin]])
+    sums, _, _, grad, _ = OPS.row_sum(*pairs, "hinge", "hinge", scale, offset, None, True)
     for ours, theirs, exact in zip((sums, grad), eager, truth, strict=True):
         for kind in range(2):
             error = (ours[kind] - exact[kind]).norm()

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row statistics where bounds from norms, overflow and cancellation meet their limits."""
+"""Row statistics at their limits: overflow, cancellation, bounds from norms, NaN."""
 
 import pytest
 import torch
 
 from flashmetric import functional as F
+from flashmetric.ops.labels import IGNORED
 from flashmetric.ops.row_lse import row_lse, row_lse_fallback
 from flashmetric.ops.row_sum import row_sum, row_sum_fallback
+from flashmetric.ops.threshold_sum import (
+    threshold_sum,
+    threshold_sum_backward,
+    threshold_sum_backward_fallback,
+    threshold_sum_fallback,
+)
+from row_batches import FORMULAS, THRESHOLD_FORMULAS
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1])
 
@@ -56,3 +64,77 @@ def test_tiny_histograms_have_gradients():
     loss = F.contrastive_loss(x, LABELS, distance="chi2", reduction="sum")
     loss.backward()
     assert x.grad.isfinite().all() and x.grad.any()
+
+
+@pytest.mark.parametrize("formula", [name for name in FORMULAS if name != "none"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_what_is_not_a_number_has_no_slope_that_is(formula: str, by_row: bool) -> None:
+    x = torch.randn(6, 3)
+    scale, offset = torch.tensor([[1.0], [-1.0]]), torch.full((2, 6 if by_row else 1), torch.nan)
+    if by_row:
+        offset[:, :4] = 0.5
+    args = (x, LABELS, None, None, "equal", "euclidean", formula, formula, scale, offset, None)
+    for ours, expected in zip(row_sum(*args, True), row_sum_fallback(*args, True), strict=True):
+        assert ours.isnan().equal(expected.isnan())
+    sums, _, slopes, *_ = row_sum(*args, False)
+    assert sums[:, 4:].isnan().all() and slopes[:, 4:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [8, 1])
+@pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize("formula", THRESHOLD_FORMULAS)
+def test_thresholds_that_are_nan(formula: str, k: int, rows: int) -> None:
+    """Their sums are NaN and no others; their weights are 0, or spoil all gradients."""
+    x, labels = torch.randn(8, 3), torch.tensor([0, 0, 0, 1, 1, 1, 1, IGNORED])
+    t = torch.rand(rows, k + 3, dtype=torch.float64).mul_(3).sort(1).values
+    nan = torch.zeros(k + 3, dtype=torch.bool)
+    nan[[0, 2, -1]] = True
+    batch = (x, labels, None, None, "equal", "euclidean", "negative", formula)
+    for forward, backward in (
+        (threshold_sum, threshold_sum_backward),
+        (threshold_sum_fallback, threshold_sum_backward_fallback),
+    ):
+        holes = t.masked_fill(nan, torch.nan)
+        sums, counts, slopes = forward(*batch, holes)
+        without = forward(*batch, t[:, ~nan])
+        for ours, theirs in zip((sums, counts, slopes), without, strict=True):
+            torch.testing.assert_close(ours[:, ~nan], theirs, rtol=1e-5, atol=1e-5)
+        assert sums[:7, nan].isnan().all() and slopes[:7, nan].isnan().all()
+        assert not sums[7].any() and not slopes[7].any() and not counts[:, nan].any()
+        grad = torch.randn(8, k + 3, dtype=torch.float64)
+        (spoiled, _), grad = backward(grad, *batch, holes), grad.masked_fill(nan, 0)
+        assert spoiled.isnan().all()
+        (ours, _), (theirs, _) = (
+            backward(grad, *batch, holes),
+            backward(grad[:, ~nan].contiguous(), *batch, t[:, ~nan].contiguous()),
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("formula", THRESHOLD_FORMULAS)
+@pytest.mark.parametrize("k", [1, 4, 16, 40])
+def test_sums_below_thresholds_of_many_pairs_keep_their_digits(formula: str, k: int) -> None:
+    # Distances and thresholds that float32 holds exactly: what is off is off by the summation.
+    steps = torch.randint(1 << 15, 3 << 15, (8192, 1))
+    r, x = steps / (1 << 16), torch.arange(4)[:, None] / 16
+    batch = (torch.full((4,), -1), r, torch.arange(8192), "equal", "cityblock", "negative", formula)
+    t = torch.linspace(0.6, 1.4, k, dtype=torch.float64).mul_(1 << 12).round_().div_(1 << 12)[None]
+    sums, _, slopes = threshold_sum(x, *batch, t)
+    labels, _, *rest = batch
+    exact, _, exact_slopes = threshold_sum_fallback(x.double(), labels, r.double(), *rest, t)
+    torch.testing.assert_close(sums, exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(slopes, exact_slopes, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_opposite_rows_are_at_pi_whatever_the_other_rows(dtype: torch.dtype) -> None:
+    # Of length 1 to the bit; the others move the mean of the rows.
+    x = torch.eye(16, dtype=dtype)
+    others = torch.nn.functional.normalize(torch.randn(7, 16, dtype=dtype) + 1)
+    labels, ref_labels = torch.arange(16), torch.arange(23)
+    one = torch.ones(2, 1, dtype=dtype)
+    args = (x, labels, torch.cat((-x, others)), ref_labels, "equal", "angular")
+    for total in (row_sum, row_sum_fallback):
+        sums, *_, grad, ref_grad = total(*args, "linear", "none", one, 0 * one, None, True)
+        torch.testing.assert_close(sums[0], torch.full_like(sums[0], torch.pi))
+        assert not grad.any() and not ref_grad.any()

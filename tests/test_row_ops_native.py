@@ -69,6 +69,7 @@ def make_case(
             x = x / 3
         if count > 20:
             x[11], x[17:19] = x[3], x[4] * (1 + 1e-9)
+        if count > 30:
             x[7] = 0
         return x.to(dtype)
 
@@ -85,6 +86,8 @@ def make_case(
 
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, r = rows(n), None if m is None else rows(m)
+    if r is not None and min(len(x), len(r)) > 20:
+        r[12:20] = x[12:20] * (1 + 1e-9)  # pairs of near rows in blocks off the diagonal
     typical = {"dot": 0.0, "sqeuclidean": 2.0 * d, "chi2": 0.5 * d, "cityblock": 1.1 * d}
     middle = typical.get(distance, {"euclidean": (2.0 * d) ** 0.5, "angular": 1.5}.get(distance, 1))
     width = n if per_row else 1
@@ -231,6 +234,18 @@ def test_rows_not_finite(distance: str, m: int | None, spoil: float) -> None:
     args = (*case.pairs, "affine", "none", *parameters, 0.0, False)
     ours, theirs = row_lse(*args), row_lse_fallback(*args)
     check(ours[:2], theirs[:2], 1e-10)
+
+
+@pytest.mark.parametrize("m", [None, 60])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_logits_that_are_nan(per_row: bool, m: int | None) -> None:
+    """Such as those of a learned temperature that training has spoilt."""
+    case = make_case(50, m, 9, "cosine", per_row=per_row)
+    case.scale[1, -1] = torch.nan
+    args = (*case.pairs, "affine", "affine", case.scale, case.offset, None, 0.0, False)
+    ours, theirs = row_lse(*args), row_lse_fallback(*args)
+    check(ours[::2], theirs[::2], 1e-9)
+    assert ours[0][1].isnan().sum() == (1 if per_row else (theirs[2][1] > 0).sum())
 
 
 def test_collapsed_rows() -> None:

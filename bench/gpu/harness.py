@@ -25,8 +25,14 @@ OPS = (
     "hardest_triplets_backward",
     "pair_distance",
     "pair_distance_backward",
-    "pair_sum",
-    "pair_sum_backward",
+    "row_sum",
+    "row_sum_backward",
+    "row_lse",
+    "row_lse_backward",
+    "threshold_sum",
+    "threshold_sum_backward",
+    "nearest_beyond",
+    "row_top_k",
 )
 PROBE_ROWS = 1024
 MARGIN_ROWS = 2048
@@ -86,7 +92,7 @@ class Bench:
         if kernel not in contender.build:
             raise Failure("does not compute this")
         if ENGINE in contender.env and not self.device.dry_run:
-            op = {"triplet": "hardest_triplets", "contrastive": "pair_sum"}.get(kernel, kernel)
+            op = {"triplet": "hardest_triplets", "contrastive": "row_sum"}.get(kernel, kernel)
             if not has_cuda_kernel(op):
                 raise Failure(f"{op} has no CUDA kernel in this build")
 

@@ -102,10 +102,36 @@ def raw(x: Tensor, labels: Tensor, ref: Tensor, ref_labels: Tensor) -> None:
         ops.hardest_triplets_backward(one, slope, scale, x, r, found, far, "euclidean")
         value = ops.pair_distance(x, r, None, index, "euclidean")
         ops.pair_distance_backward(torch.ones_like(value), x, r, None, index, value, "euclidean")
+        for distance in ("euclidean", "cityblock"):
+            rows(x, (x, labels, r, r_labels, "equal", distance))
+
+
+def rows(x: Tensor, pairs: tuple[Any, ...]) -> None:
+    """The ops that reduce the pairs of every row; ``pairs`` are their leading arguments."""
+    ops, n = torch.ops.flashmetric, len(x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale, offset = torch.tensor([[[1.0], [-1.0]], [[0.0], [4.0]]], dtype=wide, device=x.device)
+    bound = torch.tensor([[0.5], [9.0]], dtype=wide, device=x.device).repeat(1, n)
+    ones = torch.ones_like(bound)
+    for limit in (None, bound):
+        terms = ("hinge", "softplus", scale, offset, limit)
         for with_grad in (False, True):
-            sums = ops.pair_sum(x, labels, r, r_labels, "euclidean", "hinge", 0.0, 4.0, with_grad)
-        ones = torch.ones_like(sums[0])
-        ops.pair_sum_backward(ones, x, labels, r, r_labels, "euclidean", "hinge", 0.0, 4.0)
+            ops.row_sum(*pairs, *terms, with_grad)
+        ops.row_sum_backward(ones, *pairs, *terms)
+        logits = ("affine", "circle", scale, offset, limit, 0.25)
+        lse, _, _, ref_lse, _, _ = ops.row_lse(
+            *pairs, *logits, pairs[2] is not None and limit is None
+        )
+        sides = (None, None)
+        if ref_lse.shape[1] > 0:
+            sides = torch.ones_like(ref_lse), ref_lse
+        ops.row_lse_backward(ones, lse, *sides, *pairs, *logits)
+    thresholds = torch.arange(1.0, 4.0, device=x.device).repeat(n, 1)
+    doubles = thresholds.double()
+    ops.threshold_sum(*pairs, "negative", "hinge", doubles)
+    ops.threshold_sum_backward(torch.ones_like(doubles), *pairs, "negative", "hinge", doubles)
+    ops.nearest_beyond(*pairs, "negative", False, thresholds.to(wide))
+    ops.row_top_k(*pairs, "negative", 3, False)
 
 
 def main(arguments: list[str] | None = None) -> int:

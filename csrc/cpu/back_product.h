@@ -104,7 +104,8 @@ class BackProduct {
         unsigned product = kinds.any(v);
         const Vec<T> slope = decltype(distance)::slope(Vec<T>::load(p));
         const Vec<T> du = Vec<T>::load(weight + v * kLanes) * slope;
-        if (__builtin_expect(kinds.near[v] != 0, 0)) near_pairs(i, v, kinds, du);
+        if (__builtin_expect(kinds.near[v] != 0, 0))
+          near_vector(i, v, kinds.near[v], kinds.positive[v], du);
         product &= ~static_cast<unsigned>(kinds.near[v]);
         if (__builtin_expect(!none_apart, 0)) product &= ~pairs_.apart(i, v);
         const Vec<T> h = select(Vec<T>::mask(product), twice * du, zero);
@@ -128,6 +129,38 @@ class BackProduct {
       count_[1] += count[1];
     });
   }
+
+  // weigh() vector by vector, of a row without pairs apart and where both kinds go to one place.
+  class RowWeights {
+   public:
+    RowWeights(BackProduct& back, int64_t i) : back_(back), i_(i), line_(back.pairs_.line(i)) {}
+
+    // du = dL/du, 0 where there is no pair.
+    FLASHMETRIC_INLINE void add(int64_t v, Vec<T> du, unsigned near) {
+      Vec<T> h = du + du;
+      if (__builtin_expect(near != 0, 0)) {
+        back_.near_vector(i_, v, near, near, du);
+        h = select(Vec<T>::mask(~near), h, Vec<T>(0));
+      }
+      h.store(line_ + v * kLanes);
+      count_ += __builtin_popcount(~equal(h, Vec<T>(0)).bits() & kAll);
+      sum_ = sum_ + h;
+      T* column = back_.col_sum_ + v * kLanes;
+      (Vec<T>::load(column) + h).store(column);
+    }
+
+    void finish() {
+      back_.row_sum_[i_ - back_.block_.row_begin] = sum_.sum();
+      back_.count_[1] += count_;
+    }
+
+   private:
+    BackProduct& back_;
+    const int64_t i_;
+    T* const line_;
+    Vec<T> sum_ = Vec<T>(0);
+    int64_t count_ = 0;
+  };
 
   // Adds what the weights give.
   void apply() {
@@ -184,14 +217,15 @@ class BackProduct {
   }
 
   // Applied at once: a matrix product would lose x_i - r_j again.
-  void near_pairs(int64_t i, int64_t v, const Kinds<T>& kinds, Vec<T> du) {
+  __attribute__((noinline)) void near_vector(int64_t i, int64_t v, unsigned near, unsigned positive,
+                                             Vec<T> du) {
     T of[kLanes];
     du.store(of);
     const int32_t row = static_cast<int32_t>(i);
     const int64_t d = batch_.query.d;
-    for (unsigned bits = kinds.near[v]; bits != 0; bits &= bits - 1) {
+    for (unsigned bits = near; bits != 0; bits &= bits - 1) {
       const int lane = __builtin_ctz(bits);
-      const int kind = (kinds.positive[v] >> lane & 1) != 0 ? 0 : 1;
+      const int kind = (positive >> lane & 1) != 0 ? 0 : 1;
       const int64_t j = block_.col_begin + v * kLanes + lane;
       const int32_t col = static_cast<int32_t>(j);
       if (targets_.rows[kind] != nullptr)

@@ -168,6 +168,38 @@ class PairBlock {
     });
   }
 
+  // Whether for_each_vector() serves row i: single classes, no pair at a constant distance, and a
+  // block that does not hold the row itself.
+  bool plain(int64_t i) const {
+    return batch_.rule == Rule::kEqual && !is_direct(batch_.distance) && none_apart(i) &&
+           !(batch_.self && i >= block_.col_begin && i < block_.col_begin + width_);
+  }
+
+  // label() and measure() of a plain row in one loop, with nothing kept for later: calls
+  // f(v, u, positive, negative, near) for every vector of the line. Whether the row is in pairs.
+  template <class F>
+  FLASHMETRIC_INLINE bool for_each_vector(int64_t i, F&& f) const {
+    const int32_t own = batch_.query_labels.classes[i];
+    if (own == kIgnoredClass) return false;
+    const T* products = line(i);
+    const T* ref_bias = batch_.ref.bias + block_.col_begin;
+    const int32_t* classes = batch_.ref_labels.classes + block_.col_begin;
+    const Vec<T> bias(batch_.query.bias[i]), factor(-2);
+    const Vec<T> fraction(difference_ ? kNearFraction : __builtin_nan(""));
+    const int64_t count = vecs();
+    for (int64_t v = 0; v < count; ++v) {
+      const int64_t c = v * kLanes;
+      const Vec<T> size = bias + Vec<T>::load(ref_bias + c);
+      Vec<T> u = fma(factor, Vec<T>::load(products + c), size);
+      const unsigned other = Vec<T>::differs(classes + c, own).bits();
+      const unsigned positive = ~other & positives_[v], negative = other & negatives_[v];
+      const unsigned near = less(u, fraction * size).bits() & (positive | negative);
+      if (__builtin_expect(near != 0, 0)) u = near_lanes(i, v, near, u);
+      f(v, u, positive, negative, near);
+    }
+    return true;
+  }
+
   // Whether apart() is 0 for all of row i.
   bool none_apart(int64_t i) const {
     return !unit_ || (!any_zero_ && batch_.query.norms[i] != T(0));
@@ -254,13 +286,29 @@ class PairBlock {
     int32_t list[kMaxBlockRows] = {};
     T u[kMaxBlockRows];
     int64_t count = 0;
-    for (int64_t v = 0; v < vecs(); ++v)
-      for (unsigned bits = kinds.near[v]; bits != 0; bits &= bits - 1)
-        list[count++] = static_cast<int32_t>(block_.col_begin + v * kLanes + __builtin_ctz(bits));
+    for (int64_t v = 0; v < vecs(); ++v) count = list_lanes(v, kinds.near[v], list, count);
     // Zero rows are never near: all difference distances have the same u here.
     exact<Sqeuclidean>(batch_.query.rows + i * batch_.query.d, batch_.query.norms[i], batch_.ref,
                        list, count, u);
     for (int64_t t = 0; t < count; ++t) line(i)[list[t] - block_.col_begin] = u[t];
+  }
+
+  int64_t list_lanes(int64_t v, unsigned bits, int32_t* list, int64_t count) const {
+    for (; bits != 0; bits &= bits - 1)
+      list[count++] = static_cast<int32_t>(block_.col_begin + v * kLanes + __builtin_ctz(bits));
+    return count;
+  }
+
+  // u with the named lanes measured by exact differences.
+  __attribute__((noinline)) Vec<T> near_lanes(int64_t i, int64_t v, unsigned bits, Vec<T> u) const {
+    int32_t list[kLanes] = {};
+    T measured[kLanes], all[kLanes];
+    const int64_t count = list_lanes(v, bits, list, 0);
+    exact<Sqeuclidean>(batch_.query.rows + i * batch_.query.d, batch_.query.norms[i], batch_.ref,
+                       list, count, measured);
+    u.store(all);
+    for (int64_t t = 0; t < count; ++t) all[list[t] - block_.col_begin - v * kLanes] = measured[t];
+    return Vec<T>::load(all);
   }
 
   const PairBatch<T>& batch_;

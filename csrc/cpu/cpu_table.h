@@ -5,7 +5,6 @@
 #include <exact.h>
 #include <gram.h>
 #include <hardest.h>
-#include <pair_sum.h>
 #include <row_lse.h>
 #include <row_lse_backward.h>
 #include <row_sum.h>
@@ -27,38 +26,6 @@ void accumulate_entry(Distance distance, const T* x, const Side<T>& other, const
                 [&](auto d) { accumulate<decltype(d)>(x, other, list, coefficient, count, out); });
 }
 
-// The distances that pair_sum has: row_sum has all.
-template <class F>
-FLASHMETRIC_INLINE void with_product_distance(Distance distance, F&& f) {
-  switch (distance) {
-    case Distance::kEuclidean:
-      return f(Euclidean{});
-    case Distance::kSqeuclidean:
-      return f(Sqeuclidean{});
-    case Distance::kCosine:
-      return f(Cosine{});
-    default:
-      return f(Dot{});
-  }
-}
-
-template <class T>
-void pair_sum_entry(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
-                    const Block& block, const PairSumRows<T>& rows, const PairSumRows<T>& columns,
-                    T* scratch) {
-  with_product_distance(op.distance, [&](auto d) {
-    with_formula(op.formula, [&](auto f) {
-      using D = decltype(d);
-      using F = decltype(f);
-      if (op.positives) {
-        BlockPairs<D, F, T, true>(op, query, ref, block, rows, columns, scratch).run();
-      } else {
-        BlockPairs<D, F, T, false>(op, query, ref, block, rows, columns, scratch).run();
-      }
-    });
-  });
-}
-
 template <class T>
 constexpr CpuKernels<T> make_kernels(const char* isa) {
   return {isa,
@@ -67,7 +34,6 @@ constexpr CpuKernels<T> make_kernels(const char* isa) {
           hardest<T>,
           exact_entry<T>,
           accumulate_entry<T>,
-          pair_sum_entry<T>,
           count_pairs<T>,
           row_sum<T>,
           row_lse<T>,

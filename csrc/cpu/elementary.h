@@ -44,6 +44,15 @@ constexpr Series<T, Terms<T>::kExp - 1> exp_series() {
   for (int k = 2; k <= Terms<T>::kExp; ++k) s.c[k - 2] = static_cast<T>(inverse_factorial(k));
   return s;
 }
+// 2^r = series(r)
+template <class T>
+constexpr Series<T, Terms<T>::kExp + 1> exp2_series() {
+  Series<T, Terms<T>::kExp + 1> s{};
+  double power = 1;  // ln(2)^k
+  for (int k = 0; k <= Terms<T>::kExp; ++k, power *= 0.693147180559945309417)
+    s.c[k] = static_cast<T>(power * inverse_factorial(k));
+  return s;
+}
 // atanh(s) = s + s z series(z), z = s^2
 template <class T>
 constexpr Series<T, Terms<T>::kLog1p> atanh_series() {
@@ -90,6 +99,28 @@ template <class T>
 FLASHMETRIC_INLINE Vec<T> exp(Vec<T> x) {
   const ReducedExp<T> e(x);
   return ldexp(Vec<T>(1) + e.expm1_r, e.n);
+}
+
+// 2^x. Short sums side by side: in a loop of little else the latency of one long sum is what takes
+// the time.
+template <class T>
+FLASHMETRIC_INLINE Vec<T> exp2(Vec<T> x) {
+  constexpr auto s = exp2_series<T>();
+  x = min(max(x, Vec<T>(Terms<T>::kSingle ? -150.5 : -1076)),
+          Vec<T>(Terms<T>::kSingle ? 128.5 : 1024.5));
+  const Vec<T> n = round(x), r = x - n, r2 = r * r, r4 = r2 * r2;
+  Vec<T> sum(0);
+  constexpr int kLast = Terms<T>::kExp;
+#pragma GCC unroll 4
+  for (int k = kLast / 4 * 4; k >= 0; k -= 4) {
+    Vec<T> low(s.c[k]), high(0);
+    if (k + 1 <= kLast) low = fma(Vec<T>(s.c[k + 1]), r, low);
+    if (k + 2 <= kLast) high = Vec<T>(s.c[k + 2]);
+    if (k + 3 <= kLast) high = fma(Vec<T>(s.c[k + 3]), r, high);
+    const Vec<T> four = k + 2 <= kLast ? fma(high, r2, low) : low;
+    sum = k == kLast / 4 * 4 ? four : fma(sum, r4, four);
+  }
+  return ldexp(sum, n);
 }
 
 // For x <= 0.

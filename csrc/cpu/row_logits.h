@@ -58,6 +58,38 @@ FLASHMETRIC_INLINE void with_logits(const RowLse<T>& op, int k, int64_t i, F&& f
   }
 }
 
+// Whether rows may go through logits in one loop from products on: affine logits of distances that
+// are linear in u. With more of both there would be too many kernels of that loop.
+template <class T>
+bool in_one_loop(const RowLse<T>& op, Distance distance) {
+  return op.kinds[0].form != Logit::kCircle && op.kinds[1].form != Logit::kCircle &&
+         (distance == Distance::kCosine || distance == Distance::kSqeuclidean ||
+          distance == Distance::kDot);
+}
+
+template <class F>
+FLASHMETRIC_INLINE bool with_linear_distance(Distance distance, F&& f) {
+  if (distance == Distance::kCosine) return f(Cosine{});
+  if (distance == Distance::kSqeuclidean) return f(Sqeuclidean{});
+  return f(Dot{});
+}
+
+// e^(logit - centre) of one row and kind, straight from u of such a distance D. Rounded like the
+// logit itself, which is not computed.
+template <class T, class D>
+class LinearPower {
+ public:
+  LinearPower(const RowLogit<T>& kind, T centre, int64_t i)
+      : factor_(static_cast<double>(kind.scale[i]) * D::slope(0.0) * kLog2E),
+        offset_((static_cast<double>(kind.offset[i]) - static_cast<double>(centre)) * kLog2E) {}
+
+  FLASHMETRIC_INLINE Vec<T> operator()(Vec<T> u) const { return exp2(fma(factor_, u, offset_)); }
+
+ private:
+  static constexpr double kLog2E = 1.44269504088896340736;
+  const Vec<T> factor_, offset_;
+};
+
 // Labels, u and distances of row i; whether it has any pair.
 template <class T>
 FLASHMETRIC_INLINE bool measure_row(const PairBlock<T>& pairs, int64_t i, Kinds<T>& kinds) {

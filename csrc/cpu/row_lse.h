@@ -69,7 +69,8 @@ class RowLseBlock {
         rows_(rows),
         columns_(columns),
         pairs_(batch, block, tile, op.kinds[0].form != Logit::kNone,
-               op.kinds[1].form != Logit::kNone) {}
+               op.kinds[1].form != Logit::kNone),
+        one_loop_(in_one_loop(op, batch.distance) && shared_or_absent(0) && shared_or_absent(1)) {}
 
   void run() {
     pairs_.fill();
@@ -99,7 +100,72 @@ class RowLseBlock {
     return op_.uniform && top - top == T(0);
   }
 
+  bool shared_or_absent(int k) const { return op_.kinds[k].form == Logit::kNone || shared(k); }
+
+  // shared_row() for both kinds, from products on.
+  void one_loop(int64_t i) {
+    with_linear_distance(batch_.distance, [&](auto distance) {
+      using D = decltype(distance);
+      RowPartial<D> positives(*this, 0, i), negatives(*this, 1, i);
+      pairs_.for_each_vector(i, [&](int64_t v, Vec<T> u, unsigned positive, unsigned negative,
+                                    unsigned) __attribute__((always_inline)) {
+        const Vec<T> d = D::value(u);
+        if (positive != 0) positives.add(positive, u, d, v * kLanes);
+        if (negative != 0) negatives.add(negative, u, d, v * kLanes);
+      });
+      positives.merge();
+      negatives.merge();
+      return true;
+    });
+  }
+
+  // Sums of one row and kind, and what they add to those of the columns.
+  template <class D>
+  class RowPartial {
+   public:
+    RowPartial(RowLseBlock& block, int k, int64_t i)
+        : side_(block.rows_),
+          at_(k * block.rows_.n + i),
+          top_(block.op_.kinds[k].top),
+          power_(block.op_.kinds[k], top_, i),
+          columns_(block.columns_ != nullptr),
+          column_sum_(block.partial_[k].sum),
+          column_moment_(block.partial_[k].moment) {}
+
+    FLASHMETRIC_INLINE void add(unsigned bits, Vec<T> u, Vec<T> d, int64_t c) {
+      const Vec<T> zero(0);
+      const auto kept = Vec<T>::mask(bits);
+      const Vec<T> e = select(kept, power_(u), zero), ed = select(kept, e * d, zero);
+      sum_ = sum_ + e;
+      moment_ = moment_ + ed;
+      any_ |= bits;
+      if (!columns_) return;
+      RowLseBlock::add(column_sum_ + c, e);
+      RowLseBlock::add(column_moment_ + c, ed);
+    }
+
+    void merge() const {
+      if (any_ == 0) return;
+      merge_lse(side_, at_, static_cast<double>(top_), static_cast<double>(sum_.sum()),
+                static_cast<double>(moment_.sum()));
+    }
+
+   private:
+    const LseSide& side_;
+    const int64_t at_;
+    const T top_;
+    const LinearPower<T, D> power_;
+    const bool columns_;
+    T *const column_sum_, *const column_moment_;
+    Vec<T> sum_ = Vec<T>(0), moment_ = Vec<T>(0);
+    unsigned any_ = 0;
+  };
+
   void row(int64_t i) {
+    if (one_loop_ && pairs_.plain(i)) {
+      one_loop(i);
+      return;
+    }
     Kinds<T> kinds;
     if (!measure_row(pairs_, i, kinds)) return;
     for (int k = 0; k < 2; ++k) {
@@ -206,6 +272,7 @@ class RowLseBlock {
   const LseSide& rows_;
   const LseSide* columns_;
   const PairBlock<T> pairs_;
+  const bool one_loop_;
   Partial partial_[2];
 };
 

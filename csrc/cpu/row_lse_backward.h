@@ -26,10 +26,15 @@ class RowLseGradBlock {
               tile + kMaxBlockRows * kMaxBlockRows) {}
 
   void run() {
-    for (int k = 0; k < 2; ++k) prepare(k);
+    bool shared = true;
+    for (int k = 0; k < 2; ++k) {
+      prepare(k);
+      shared = shared && (factors_[k].shared || op_.kinds[k].form == Logit::kNone);
+    }
+    const bool in_one = shared && in_one_loop(op_, batch_.distance);
     pairs_.fill();
     for (int64_t i = block_.row_begin; i < block_.row_end; ++i)
-      if (!row(i)) back_.clear(i);
+      if (!(in_one && pairs_.plain(i) ? one_loop(i) : row(i))) back_.clear(i);
     back_.apply();
   }
 
@@ -59,8 +64,9 @@ class RowLseGradBlock {
     };
     extend(rows_, block_.row_begin, block_.row_end);
     extend(columns_, block_.col_begin, block_.col_end);
-    f.centre = high;
-    f.shared = op_.uniform && high - low < T(kSpread);
+    // Without a log-sum-exp there is no weight either.
+    f.centre = high > -__builtin_inff() ? high : T(0);
+    f.shared = op_.uniform && !(high - low >= T(kSpread));
     if (!f.shared) return;
     const auto set = [&](const LseGradSide<T>& side, int64_t begin, int64_t size, T* out) {
       for (int64_t c = 0; c < size; c += kLanes) {
@@ -81,6 +87,46 @@ class RowLseGradBlock {
          c < pairs_.width(); c += kLanes)
       Vec<T>(0).store(f.column + c);
   }
+
+  // shared_row() for both kinds and what weigh() makes of it, from products on.
+  bool one_loop(int64_t i) {
+    return with_linear_distance(batch_.distance, [&](auto distance) {
+      using D = decltype(distance);
+      const RowShare<D> positives(*this, 0, i), negatives(*this, 1, i);
+      typename BackProduct<T>::RowWeights out(back_, i);
+      const bool paired =
+          pairs_.for_each_vector(i, [&](int64_t v, Vec<T> u, unsigned positive, unsigned negative,
+                                        unsigned near) __attribute__((always_inline)) {
+            Vec<T> du(0);
+            if (negative != 0) du = negatives(negative, u, v * kLanes);
+            if (positive != 0) du = du + positives(positive, u, v * kLanes);
+            out.add(v, du, near);
+          });
+      if (paired) out.finish();
+      return paired;
+    });
+  }
+
+  // dL/du of the pairs of one row and kind.
+  template <class D>
+  class RowShare {
+   public:
+    RowShare(const RowLseGradBlock& block, int k, int64_t i)
+        : power_(block.op_.kinds[k], block.factors_[k].centre, i),
+          slope_(block.op_.kinds[k].scale[i] * D::slope(T(0))),
+          own_(block.factors_[k].row[i - block.block_.row_begin]),
+          columns_(block.factors_[k].column) {}
+
+    FLASHMETRIC_INLINE Vec<T> operator()(unsigned bits, Vec<T> u, int64_t c) const {
+      const Vec<T> factor = slope_ * (own_ + Vec<T>::load(columns_ + c));
+      return select(Vec<T>::mask(bits), power_(u) * factor, Vec<T>(0));
+    }
+
+   private:
+    const LinearPower<T, D> power_;
+    const Vec<T> slope_, own_;
+    const T* const columns_;
+  };
 
   bool row(int64_t i) {
     Kinds<T> kinds;

@@ -11,26 +11,16 @@
 namespace flashmetric {
 namespace FLASHMETRIC_ISA {
 
-// The selector of PairBlock::measure that wants one kind of pair.
-struct OneKind {
-  bool positives;
-  template <class V>
-  FLASHMETRIC_INLINE bool operator()(V, V, int64_t, unsigned& positive, unsigned& negative) const {
-    (positives ? negative : positive) = 0;
-    return (positive | negative) != 0;
-  }
-};
-
 // Calls use(i, distances, kinds) for every row of a block that has pairs of the kind.
 template <class T, class F>
 FLASHMETRIC_INLINE void for_rows(const PairBatch<T>& batch, const Block& block, bool positives,
                                  T* tile, const F& use) {
-  PairBlock<T> pairs(batch, block, tile);
+  PairBlock<T> pairs(batch, block, tile, positives, !positives);
   pairs.fill();
   Kinds<T> kinds;
   for (int64_t i = block.row_begin; i < block.row_end; ++i) {
     if (!pairs.label(i, kinds)) continue;
-    if (!pairs.measure(i, kinds, OneKind{positives})) continue;
+    pairs.measure(i, kinds);
     pairs.to_distance(i, kinds);
     use(i, pairs, kinds);
   }

@@ -18,7 +18,7 @@ class ThresholdGradBlock {
                      T* tile)
       : op_(op),
         block_(block),
-        pairs_(batch, block, tile),
+        pairs_(batch, block, tile, op.positives, !op.positives),
         back_(batch, block, pairs_, {{op.grad_query, op.grad_query}, {op.grad_ref, op.grad_ref}},
               nullptr) {}
 
@@ -36,7 +36,7 @@ class ThresholdGradBlock {
   bool row(int64_t i) {
     Kinds<T> kinds;
     if (!pairs_.label(i, kinds)) return false;
-    if (!pairs_.measure(i, kinds, OneKind{op_.positives})) return false;
+    pairs_.measure(i, kinds);
     pairs_.to_distance(i, kinds);
     const T* d = pairs_.line(i);
     const Vec<T> highest(op_.highest[i]), zero(0);

@@ -4,10 +4,11 @@
 namespace flashmetric::cuda {
 namespace {
 
-RowParameter parameter_of(const Tensor& rows, int64_t n, const char* name) {
+template <class T>
+RowParameter<T> parameter_of(const Tensor& rows, int64_t n, const char* name) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == 2 && (rows.size(1) == 1 || rows.size(1) == n),
                   name, ": shape [2, 1] or [2, ", n, "] expected");
-  return {data<float>(rows), rows.size(1), rows.size(1) == 1 ? 0 : 1, {0.0f, 0.0f}};
+  return {data<T>(rows), rows.size(1), rows.size(1) == 1 ? 0 : 1, {T(0), T(0)}};
 }
 
 PairProblem swapped(PairProblem problem) {
@@ -24,41 +25,36 @@ Labelling labelling_of(const std::string& rule, const Tensor& labels) {
   return {parsed.rule, static_cast<int32_t>(words), {parsed.positive, parsed.negative}};
 }
 
-RowTerms RowTerms::of(const PairForm& form, const Tensor& scale, const Tensor& offset,
-                      const OptionalTensor& bound, const Tensor& query) {
+template <class T>
+RowTerms<T> RowTerms<T>::of(const PairForm<double>& form, const Tensor& scale, const Tensor& offset,
+                            const OptionalTensor& bound, const Tensor& query) {
   const int64_t n = query.size(0);
-  RowTerms terms{form, {}, {}, rows_as<float>(scale), rows_as<float>(offset), {}};
+  const PairForm<T> of_type{
+      {form.term[0], form.term[1]}, {form.circle[0], form.circle[1]}, static_cast<T>(form.shape)};
+  RowTerms terms{of_type, {}, {}, rows_as<T>(scale), rows_as<T>(offset), {}};
   check_device(scale, query, "scale");
   check_device(offset, query, "offset");
-  terms.scale = parameter_of(terms.scale_rows, n, "scale");
-  terms.offset = parameter_of(terms.offset_rows, n, "offset");
+  terms.scale = parameter_of<T>(terms.scale_rows, n, "scale");
+  terms.offset = parameter_of<T>(terms.offset_rows, n, "offset");
   if (!bound.has_value()) return terms;
   check_device(*bound, query, "bound");
   STD_TORCH_CHECK(bound->dim() == 2 && bound->size(0) == 2 && bound->size(1) == n,
                   "bound: shape [2, ", n, "] expected");
-  terms.bound = rows_as<float>(*bound);
+  terms.bound = rows_as<T>(*bound);
   return terms;
 }
 
-RowTerms RowTerms::of_margins(Formula formula, double pos_margin, double neg_margin) {
-  const Term term = formula == Formula::kHinge ? Term::kHinge : Term::kSquaredHinge;
-  RowTerms terms{};
-  terms.form.term[0] = terms.form.term[1] = term;
-  terms.scale.value[0] = 1.0f;
-  terms.scale.value[1] = -1.0f;
-  terms.offset.value[0] = static_cast<float>(-pos_margin);
-  terms.offset.value[1] = static_cast<float>(neg_margin);
-  return terms;
+template <class T>
+PairRole<T> RowTerms<T>::role(int64_t rows, const T* weight, const T* lse) const {
+  return {true, rows, scale, offset, bound.has_value() ? data<T>(*bound) : nullptr, weight, lse};
 }
 
-PairRole RowTerms::role(int64_t rows, const float* weight, const float* lse) const {
-  return {true,   rows, scale, offset, bound.has_value() ? data<float>(*bound) : nullptr,
-          weight, lse};
-}
+template struct RowTerms<float>;
+template struct RowTerms<double>;
 
 RowPasses::RowPasses(const Tensor& query, const Tensor& labels, const OptionalTensor& ref,
                      const OptionalTensor& ref_labels, const Labelling& labelling,
-                     Distance distance, const RowTerms& terms, int planes)
+                     Distance distance, const RowTerms<float>& terms, int planes)
     : planes_(planes),
       limits_(device_limits(query)),
       batch_(query, labels, ref, ref_labels, labelling, distance, planes, false),

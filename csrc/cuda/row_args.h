@@ -12,45 +12,49 @@ namespace flashmetric::cuda {
 
 Labelling labelling_of(const std::string& rule, const Tensor& labels);
 
-// What all pairs of a batch have in common: the function of the distance.
+// What all pairs of a batch have in common: the function of the distance. T is the accumulate type.
+template <class T>
 struct RowTerms {
-  PairForm form;
-  RowParameter scale, offset;
+  PairForm<T> form;
+  RowParameter<T> scale, offset;
   Tensor scale_rows, offset_rows;  // what those point to
   OptionalTensor bound;
 
   // Shapes are checked; n: rows of the query.
-  static RowTerms of(const PairForm& form, const Tensor& scale, const Tensor& offset,
+  static RowTerms of(const PairForm<double>& form, const Tensor& scale, const Tensor& offset,
                      const OptionalTensor& bound, const Tensor& query);
-  static RowTerms of_margins(Formula formula, double pos_margin, double neg_margin);
   // Whether both rows of a pair see the same.
   bool symmetric() const {
     return scale.row_stride == 0 && offset.row_stride == 0 && !bound.has_value();
   }
   // As the rows see it that the parameters are of.
-  PairRole role(int64_t rows, const float* weight, const float* lse) const;
+  PairRole<T> role(int64_t rows, const T* weight, const T* lse) const;
 };
 
-// The launches of one op on one batch.
+// Weights and log-sum-exps [2, rows] of the rows of either side in an objective; null: not in it.
+template <class T>
+struct RowObjective {
+  const T* weight;
+  const T* lse;
+};
+
+// The launches of one op on one batch, by the tile engine.
 class RowPasses {
  public:
+  using Value = float;
+  using Objective = RowObjective<float>;
+
   RowPasses(const Tensor& query, const Tensor& labels, const OptionalTensor& ref,
             const OptionalTensor& ref_labels, const Labelling& labelling, Distance distance,
-            const RowTerms& terms, int planes);
+            const RowTerms<float>& terms, int planes);
 
   bool self() const { return batch_.problem.self; }
 
-  // Statistics of the query rows, and (not null) the gradient of their totals. `slopes` can be
-  // null.
+  // Statistics of the query rows, and (not null) the gradient of their totals.
   void sums(float* sums, int64_t* counts, float* slopes, float* grad) const;
   // The gradient of the totals in the references.
   void ref_totals(float* grad) const;
 
-  // Weights and log-sum-exps of the rows of either side in an objective; null: not in it.
-  struct Objective {
-    const float* weight;
-    const float* lse;
-  };
   // The gradient of the objective in the query rows, or in the references.
   void gradient(const Objective& of_query, const Objective& of_ref, bool logits, void* grad) const;
   void ref_gradient(const Objective& of_query, const Objective& of_ref, bool logits,
@@ -70,7 +74,7 @@ class RowPasses {
   const int planes_;
   const DeviceLimits& limits_;
   const PreparedBatch batch_;
-  const RowTerms& terms_;
+  const RowTerms<float>& terms_;
 };
 
 // Whether the tile engine serves such rows and distances here.

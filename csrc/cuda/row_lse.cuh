@@ -3,6 +3,7 @@
 // rows, and the sum relative to it.
 #pragma once
 
+#include <pair_tile.cuh>
 #include <row_term.cuh>
 
 namespace flashmetric::cuda {

@@ -17,7 +17,6 @@ __device__ void write_statistics(const RowSumArgs& args, int64_t i, const RowTot
     args.sums[kind * n + i] = spoiled ? nan : float(total.sum[kind]);
     args.counts[kind * n + i] = total.kept[kind];
     args.counts[(2 + kind) * n + i] = total.active[kind];
-    if (args.slopes == nullptr) continue;
     args.slopes[kind * n + i] = spoiled ? nan : total.slope[kind];
     args.slopes[(2 + kind) * n + i] = spoiled ? nan : total.moment[kind];
   }

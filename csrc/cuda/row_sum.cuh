@@ -7,6 +7,7 @@
 #pragma once
 
 #include <back_product.cuh>
+#include <pair_tile.cuh>
 #include <row_term.cuh>
 
 namespace flashmetric::cuda {
@@ -147,8 +148,9 @@ class RowSums {
   __device__ __forceinline__ void add_terms(const Products& distances, int col0, int kind,
                                             uint32_t mask, Weights& weights,
                                             TileStatistics& found) const {
-    const PairRole& role = kByColumn ? args_.other : args_.own;
-    const RoleOfRow rows[2] = {{args_.own, kind, pairs.row(0)}, {args_.own, kind, pairs.row(1)}};
+    const PairRole<float>& role = kByColumn ? args_.other : args_.own;
+    const RoleOfRow<float> rows[2] = {{args_.own, kind, pairs.row(0)},
+                                      {args_.own, kind, pairs.row(1)}};
 #pragma unroll
     for (int b = 0; b < kColBlocks; ++b)
 #pragma unroll
@@ -172,7 +174,7 @@ class RowSums {
 
   // The share of a pair's term that its row has in the objective, and, where its reference sees
   // the same, that one, too.
-  __device__ float share_of(const RoleOfRow& own, int kind, int64_t j) const {
+  __device__ float share_of(const RoleOfRow<float>& own, int kind, int64_t j) const {
     float share = args_.own.on ? own.weight : 0.0f;
     if (args_.symmetric && args_.other.on)
       share +=
@@ -184,8 +186,9 @@ class RowSums {
   template <bool kByColumn>
   __device__ __forceinline__ void add_logits(const Products& distances, int col0, int kind,
                                              uint32_t mask, Weights& weights) const {
-    const PairRole& role = kByColumn ? args_.other : args_.own;
-    const RoleOfRow rows[2] = {{args_.own, kind, pairs.row(0)}, {args_.own, kind, pairs.row(1)}};
+    const PairRole<float>& role = kByColumn ? args_.other : args_.own;
+    const RoleOfRow<float> rows[2] = {{args_.own, kind, pairs.row(0)},
+                                      {args_.own, kind, pairs.row(1)}};
 #pragma unroll
     for (int b = 0; b < kColBlocks; ++b)
 #pragma unroll
@@ -195,15 +198,9 @@ class RowSums {
         const float d = distances.v[0][b][e];
         const RoleOfRow own =
             kByColumn ? RoleOfRow(role, kind, col0 + pairs.column(b, e)) : rows[e / 2];
-        if (is_kept(role, kind, own.bound, d)) weights.v[b * 4 + e] += logit_weight(own, kind, d);
+        if (is_kept(role, kind, own.bound, d))
+          weights.v[b * 4 + e] += logit_weight(args_.form, own, kind, d);
       }
-  }
-
-  __device__ __forceinline__ float logit_weight(const RoleOfRow& own, int kind, float d) const {
-    const PairLogit logit(args_.form, kind, own.z(d));
-    // Nothing depends on the sum of no pairs.
-    if (own.lse == -__builtin_huge_valf()) return 0.0f;
-    return own.weight * own.scale * logit.slope * exp2_fast((logit.value - own.lse) * kLog2E);
   }
 
   __device__ __forceinline__ void settle(int kind, const TileStatistics& found) {
@@ -289,15 +286,8 @@ class RowSums {
     settle(pair.kind, found);
   }
 
-  // What one of its rows sees in a near pair: derivative of the objective in d.
-  __device__ float near_weight(const PairRole& role, int kind, int64_t row, float d) const {
-    const RoleOfRow own(role, kind, row);
-    const Term term = args_.form.term[kind];
-    if (term == Term::kNone || !is_kept(role, kind, own.bound, d)) return 0.0f;
-    if (!kStatistics && args_.logits) return logit_weight(own, kind, d);
-    const float z = own.z(d);
-    const float slope = with_term(term, [=](auto f) { return decltype(f)::slope(z); });
-    return slope == 0.0f ? 0.0f : own.weight * own.scale * slope;
+  __device__ float near_weight(const PairRole<float>& role, int kind, int64_t row, float d) const {
+    return pair_weight(args_.form, !kStatistics && args_.logits, role, kind, row, d);
   }
 
   const RowSumArgs& args_;

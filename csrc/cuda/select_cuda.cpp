@@ -24,7 +24,7 @@ Tensor nearest_beyond_cuda(const Tensor& query, const Tensor& labels, const Opti
                   "float32 for all others");
   const int64_t count = thresholds.size(1);
   Tensor index = torch::stable::new_empty(query, {n, count}, ScalarType::Long);
-  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind);
+  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind_of(kind));
   if (count == 0) return index;
   const Tensor limits = as_contiguous(thresholds);
   slabs.for_each_query([&](const DistanceRows& distances, int64_t rows) {
@@ -47,7 +47,7 @@ Tensor row_top_k_cuda(const Tensor& query, const Tensor& labels, const OptionalT
   const DeviceGuard guard(query.get_device_index());
   STD_TORCH_CHECK(k >= 0, "k: at least 0 expected, got ", k);
   Tensor index = torch::stable::new_empty(query, {query.size(0), k}, ScalarType::Long);
-  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind);
+  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind_of(kind));
   if (k == 0) return index;
   slabs.for_each_query([&](const DistanceRows& distances, int64_t rows) {
     const TopKArgs args{distances, farthest, k, mutable_data<int64_t>(index)};

@@ -95,55 +95,11 @@ constexpr int kTripletThreads = 1024;
 template <class T>
 cudaError_t triplet_finish(const TripletFinishArgs<T>& args, cudaStream_t stream);
 
-// What a row of a slab adds up over the pairs of one kind that the products settle.
-struct SlabPart {
-  double loss;
-  double weight;  // of the gradient
-  int64_t pairs, active;
-};
-
-struct SlabSumArgs {
-  SlabProblem problem;
-  Formula formula;
-  double margin[2];  // of positives, of negatives
-  // Weights of the rows' sums in the objective, [n] of T for either kind; null: 1. A pair's weight
-  // is that of its query row plus (self-batch) that of its reference. `weight_by_ref`: x are the
-  // references of the op and r its queries.
-  const void* weight[2];
-  bool weight_by_ref;
-  bool merged;  // one gradient of positives and negatives, no sums
-
-  // Products in, weights h = 2 d(loss)/du of the gradient out: of negatives, or (merged) of all
-  // pairs. [rows, m] of T.
-  void* products;
-  void* positive;  // [rows, m] of T: weights of positives, unless merged; null: no gradient
-  bool with_grad;
-  uint32_t* near;   // [rows, near_words(m)]: bits of the pairs that need exact differences
-  SlabPart* parts;  // [2, rows]
-
-  // Of slab_sum_finish. `pulled` is h r, [rows, d] of T, for each gradient.
-  const void* pulled[2];
-  void* sums;       // [2, n] of T; null: not wanted
-  int64_t* counts;  // [4, n]
-  void* grad;       // [2, n, d] of T; merged: [n, d] of `grad_scalar`
-};
+// Marks of the near pairs of a row, a bit each.
 constexpr int64_t near_words(int64_t m) { return divide_up(m, kWarp); }
 
-// One block a row.
-template <class T>
-cudaError_t slab_weigh(const SlabSumArgs& args, int64_t rows, cudaStream_t stream);
-
-// One block a row, kind of pair and part of the columns of the gradient.
+// A block writes a row of a gradient, or the part of it that its threads have a column each for.
 constexpr int kSlabColumns = kSlabThreads / kWarp;  // of a lane
-struct SlabFinishPlan {
-  int64_t grid_y;
-  int grid_z;
-};
-constexpr SlabFinishPlan plan_slab_finish(int64_t d, bool with_grad, bool merged) {
-  const int64_t parts = with_grad ? divide_up(d, kSlabThreads) : 1;
-  return {parts < 1 ? 1 : parts, merged ? 1 : 2};
-}
-cudaError_t slab_sum_finish(const SlabSumArgs& args, Scalar grad_scalar, int64_t rows,
-                            cudaStream_t stream);
+constexpr int64_t plan_gradient_parts(int64_t d) { return d < 1 ? 1 : divide_up(d, kSlabThreads); }
 
 }  // namespace flashmetric::cuda

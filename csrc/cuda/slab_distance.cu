@@ -1,29 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The first and the last step of the ops that look at all distances of a slab of rows: products ->
-// distances of one kind of pair, and weights of pairs -> gradients of the rows. 6 kernels.
+// distances of the wanted pairs, and weights of pairs -> gradients of the rows. 6 kernels.
 #include <flashmetric/cuda_select.h>
 #include <slab_row.cuh>
 
 namespace flashmetric::cuda {
 namespace {
-
-// A row of a slab, with labels of any rule.
-template <class T>
-class LabelledRow : public SlabRow<T> {
- public:
-  __device__ LabelledRow(const SlabDistanceArgs& args, int64_t row_of_slab)
-      : SlabRow<T>(args.problem, row_of_slab), args_(args) {}
-
-  __device__ bool is_wanted(int64_t j) const {
-    const int64_t words = args_.labelling.words;
-    return !this->is_self(j) &&
-           pair_kind(args_.labelling, args_.problem.x.labels + this->number() * words,
-                     args_.problem.r.labels + j * words) == args_.kind;
-  }
-
- private:
-  const SlabDistanceArgs& args_;
-};
 
 // Blocks per multiprocessor that still leave registers enough.
 template <class T>
@@ -35,12 +17,13 @@ __global__ void __launch_bounds__(kSlabThreads, kDistanceBlocks<T>)
   const bool poisoned = any_bad(args.problem.bad, args.problem.bad_count);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const LabelledRow<T> row(args, blockIdx.x);
+  const LabelledRow<T> row(args.problem, args.labelling, blockIdx.x);
   const int64_t m = row.m();
   T* slab = static_cast<T*>(args.slab) + blockIdx.x * m;
   for (int64_t begin = warp * kWarp; begin < m; begin += kSlabThreads) {
     const int64_t j = begin + lane;
-    const bool wanted = j < m && row.is_wanted(j);
+    const int kind = j < m ? row.kind(j) : kNeither;
+    const bool wanted = kind == args.kind || (args.kind == kBothKinds && kind != kNeither);
     T u = 0;
     bool is_near = false;
     if (wanted && !poisoned) {
@@ -125,8 +108,8 @@ template cudaError_t slab_distance<double>(const SlabDistanceArgs&, int64_t, cud
 
 cudaError_t slab_gradient(const SlabGradientArgs& args, Scalar grad_scalar, int64_t rows,
                           cudaStream_t stream) {
-  const SlabFinishPlan plan = plan_slab_finish(args.problem.d, true, true);
-  const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(plan.grid_y));
+  const dim3 grid(static_cast<unsigned>(rows),
+                  static_cast<unsigned>(plan_gradient_parts(args.problem.d)));
   with_rows(grad_scalar, [&](auto type) {
     slab_gradient_kernel<decltype(type)><<<grid, kSlabThreads, 0, stream>>>(args);
   });

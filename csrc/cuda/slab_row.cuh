@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row of a slab against all rows of the other side: what the search and the sums share.
+// One row of a slab against all rows of the other side: what the kernels of the slab engine share.
 #pragma once
 
 #include <flashmetric/kernels.h>
@@ -62,6 +62,27 @@ class SlabRow {
   const SlabProblem& problem_;
   const int64_t i_, label_;
   const T norm_;
+};
+
+// The same with labels of any rule.
+template <class T>
+class LabelledRow : public SlabRow<T> {
+ public:
+  __device__ LabelledRow(const SlabProblem& problem, const Labelling& labelling,
+                         int64_t row_of_slab)
+      : SlabRow<T>(problem, row_of_slab), problem_(problem), labelling_(labelling) {}
+
+  // kNeither for the row itself.
+  __device__ int kind(int64_t j) const {
+    const int64_t words = labelling_.words;
+    if (this->is_self(j)) return kNeither;
+    return pair_kind(labelling_, problem_.x.labels + this->number() * words,
+                     problem_.r.labels + j * words);
+  }
+
+ private:
+  const SlabProblem& problem_;
+  const Labelling& labelling_;
 };
 
 }  // namespace flashmetric::cuda

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> threshold_sum_cuda(
   args.sums = mutable_data<double>(sums);
   args.counts = mutable_data<int64_t>(counts);
   args.slopes = mutable_data<double>(slopes);
-  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind);
+  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind_of(kind));
   if (count == 0) return {sums, counts, slopes};
   slabs.for_each_query([&](const DistanceRows& distances, int64_t rows) {
     args.rows = distances;
@@ -65,53 +65,29 @@ std::tuple<Tensor, Tensor, Tensor> threshold_sum_cuda(
   return {sums, counts, slopes};
 }
 
-// The gradient of one side's rows, in slabs of them.
-class Gradient {
- public:
-  Gradient(const DistanceSlabs& slabs, const ThresholdTable& table, Term term)
-      : slabs_(slabs), table_(table), term_(term) {}
-
-  // `swapped`: of the references, whose pairs have the thresholds of the queries alone.
-  void run(bool swapped, Tensor& grad) const {
-    const SlabBatch& batch = slabs_.batch();
-    const int64_t step = slabs_.slab_rows(swapped), m = slabs_.columns(swapped), d = batch.d();
-    const Tensor slab = batch.empty({step, m}), weight = batch.empty({step, m});
-    const Tensor pulled = batch.empty({step, d});
-    const bool differences = is_difference(slabs_.distance());
-    Workspace space;
-    const int64_t near_at = space.take<uint32_t>(differences ? step * near_words(m) : 0);
-    const int64_t total_at = space.take<double>(step);
-    space.allocate(slab);
-    uint32_t* near = differences ? space.get<uint32_t>(near_at) : nullptr;
-    double* total = space.get<double>(total_at);
-    for_each_slab(slabs_.rows(swapped), step, [&](int64_t begin, int64_t rows) {
-      slabs_.find(begin, rows, swapped, slab, near);
-      const SlabProblem problem = batch.problem(begin, swapped);
-      const ThresholdWeighArgs weigh{problem,
-                                     term_,
-                                     table_,
-                                     !swapped,
-                                     swapped || batch.self,
-                                     slab.mutable_data_ptr(),
-                                     near,
-                                     weight.mutable_data_ptr(),
-                                     total};
-      check_launch(batch.type == ScalarType::Double
-                       ? threshold_weigh<double>(weigh, rows, batch.stream)
-                       : threshold_weigh<float>(weigh, rows, batch.stream),
-                   "threshold_weigh");
-      batch.pull(weight, begin, rows, swapped, pulled);
-      const SlabGradientArgs finish{problem, slab.const_data_ptr(),   near,
-                                    total,   pulled.const_data_ptr(), grad.mutable_data_ptr()};
-      check_launch(slab_gradient(finish, scalar_of(grad), rows, batch.stream), "slab_gradient");
-    });
-  }
-
- private:
-  const DistanceSlabs& slabs_;
-  const ThresholdTable& table_;
-  const Term term_;
-};
+// The gradient of one side's rows. `swapped`: of the references, whose pairs have the thresholds of
+// the queries alone.
+void write_gradient(const DistanceSlabs& slabs, const ThresholdTable& table, Term term,
+                    bool swapped, Tensor& grad) {
+  const SlabBatch& batch = slabs.batch();
+  const SlabGradients gradients(slabs, swapped);
+  gradients.for_each([&](int64_t begin, int64_t rows) {
+    const ThresholdWeighArgs args{gradients.problem(begin),
+                                  term,
+                                  table,
+                                  !swapped,
+                                  swapped || batch.self,
+                                  gradients.slab.mutable_data_ptr(),
+                                  gradients.near,
+                                  gradients.weight.mutable_data_ptr(),
+                                  gradients.total};
+    check_launch(batch.type == ScalarType::Double
+                     ? threshold_weigh<double>(args, rows, batch.stream)
+                     : threshold_weigh<float>(args, rows, batch.stream),
+                 "threshold_weigh");
+    gradients.finish(begin, rows, gradients.near, grad.mutable_data_ptr(), scalar_of(grad));
+  });
+}
 
 std::tuple<Tensor, Tensor> threshold_sum_backward_cuda(
     const Tensor& grad, const Tensor& query, const Tensor& labels, const OptionalTensor& ref,
@@ -128,7 +104,7 @@ std::tuple<Tensor, Tensor> threshold_sum_backward_cuda(
                   "grad: float64 of shape [", n, ", ", count, "] expected");
   check_device(grad, query, "grad");
   const Term term = parse_threshold_formula(formula);
-  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind);
+  const DistanceSlabs slabs(query, labels, ref, ref_labels, rule, distance, kind_of(kind));
   if (n == 0 || m == 0 || d == 0)
     return {torch::stable::new_zeros(query, {n, d}), torch::stable::new_zeros(query, {grad_m, d})};
   Tensor grad_query = torch::stable::new_empty(query, {n, d});
@@ -145,9 +121,8 @@ std::tuple<Tensor, Tensor> threshold_sum_backward_cuda(
                    ? threshold_table<double>(args, plan_rows(n), batch.stream)
                    : threshold_table<float>(args, plan_rows(n), batch.stream),
                "threshold_table");
-  const Gradient gradient(slabs, table, term);
-  gradient.run(false, grad_query);
-  if (grad_m > 0) gradient.run(true, grad_refs);
+  write_gradient(slabs, table, term, false, grad_query);
+  if (grad_m > 0) write_gradient(slabs, table, term, true, grad_refs);
   return {grad_query, grad_refs};
 }
 

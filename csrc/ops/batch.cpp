@@ -19,12 +19,6 @@ Distance parse_distance(const std::string& name) {
                   name, "'");
 }
 
-Formula parse_formula(const std::string& name) {
-  if (name == "hinge") return Formula::kHinge;
-  if (name == "squared_hinge") return Formula::kSquaredHinge;
-  STD_TORCH_CHECK(false, "formula: 'hinge' or 'squared_hinge' expected, got '", name, "'");
-}
-
 Term parse_term(const std::string& name) {
   if (name == "none") return Term::kNone;
   if (name == "linear") return Term::kLinear;

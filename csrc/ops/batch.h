@@ -25,7 +25,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 Distance parse_distance(const std::string& name);
-Formula parse_formula(const std::string& name);
 Term parse_term(const std::string& name);
 Reduction parse_reduction(const std::string& name);
 
@@ -173,9 +172,8 @@ class Batch {
 
   bool has_pairs() const { return self ? n > 1 : n > 0 && m > 0; }
 
-  // Rows of each class.
+  // Reference rows of each class.
   RowLists ref_lists() const { return {ref.classes, m, classes}; }
-  RowLists query_lists() const { return {query.classes, n, classes}; }
 
   // An exact difference costs about eight times a multiply-add of a tile: with large classes
   // positives go through the tiles as negatives do.

@@ -72,6 +72,11 @@ struct LogitRows {
       : scale(parameters.scale(kind)),
         offset(parameters.offset(kind)),
         bound(parameters.bound(kind)) {}
+
+  // Running maxima pass over NaN.
+  bool nan(int64_t i) const {
+    return std::isnan(scale[static_cast<size_t>(i)] + offset[static_cast<size_t>(i)]);
+  }
 };
 
 template <class T>
@@ -147,11 +152,14 @@ LseResult write_side(const RowLses<T>& lses, const LseRows& rows, bool of_refs,
   int64_t* counts = mutable_data<int64_t>(out.counts);
   for (int64_t at = 0; at < 2 * n; ++at) {
     const size_t t = static_cast<size_t>(at);
-    const bool wanted = lses.forms[at < n ? 0 : 1] != Logit::kNone;
+    const int k = at < n ? 0 : 1;
+    const bool wanted = lses.forms[k] != Logit::kNone;
     counts[at] = !wanted ? 0 : rows.kept.empty() ? all[t] : rows.kept[t];
     lse[at] = -infinity<T>();
     mean[at] = T(0);
-    if (wanted && all[t] > 0 && !lses.pairs.finite()) {
+    // Statistics of references are there only where all rows have the same logits.
+    if (wanted && all[t] > 0 &&
+        (!lses.pairs.finite() || lses.rows[k].nan(of_refs ? 0 : at - k * n))) {
       lse[at] = mean[at] = std::numeric_limits<T>::quiet_NaN();
     } else if (wanted && counts[at] > 0) {
       lse[at] = static_cast<T>(rows.top[t] + std::log(rows.sum[t]));

@@ -2,11 +2,12 @@
 // The order in which blocks of the pair matrix are computed, and by which thread.
 //
 // A block (I, J) updates the results of rows I and of columns J, which in a self-batch are rows
-// too. Tasks are listed in rounds in which no block of rows occurs twice (I + J = r modulo the
-// number of blocks), threads take them in that order, and each task waits for its turn at both of
-// its blocks. So there are no locks around results, no atomics on them and no private copies, every
-// row receives its updates in the listed order whatever the number of threads, and a thread that
-// the system has set aside delays only the tasks that need its block.
+// too. Tasks come in rounds in which no block of rows occurs twice (I + J = r modulo the number of
+// blocks), threads take them in that order, and each task waits for its turn at both of its blocks.
+// So there are no locks around results, no atomics on them and no private copies, every row
+// receives its updates in the order of the rounds whatever the number of threads, and a thread that
+// the system has set aside delays only the tasks that need its block. Tasks are computed from their
+// numbers: a list of them would grow with the square of the rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -55,41 +56,30 @@ void for_each(int64_t count, bool parallel, const F& f) {
 class Schedule {
  public:
   // Every I <= J of one self-batch.
-  static Schedule symmetric(int64_t blocks) {
-    Schedule s(blocks, 0);
-    for (int64_t round = 0; round < blocks; ++round)
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t j = (round - i + blocks) % blocks;
-        if (i <= j) s.add(i, j, i, j);
-      }
-    return s;
-  }
+  static Schedule symmetric(int64_t blocks) { return {blocks, blocks, true}; }
 
   // Every block of queries I with every block of references J.
   static Schedule rectangular(int64_t row_blocks, int64_t col_blocks) {
-    Schedule s(row_blocks, col_blocks);
-    const int64_t rounds = std::max(row_blocks, col_blocks);
-    for (int64_t round = 0; round < rounds; ++round)
-      for (int64_t i = 0; i < row_blocks; ++i) {
-        const int64_t j = (round - i + rounds) % rounds;
-        if (j < col_blocks) s.add(i, j, i, row_blocks + j);
-      }
-    return s;
+    return {row_blocks, col_blocks, false};
   }
 
   // Calls f(I, J) for every task, in turn at both of its blocks.
   template <class F>
   void run(bool parallel, const F& f) const {
+    const int64_t tasks = count();
     if (!parallel) {
-      for (const Task& task : tasks_) f(task.i, task.j);
+      for (int64_t t = 0; t < tasks; ++t) {
+        const Task task = at(t);
+        f(task.i, task.j);
+      }
       return;
     }
-    std::vector<std::atomic<int64_t>> turn(turns_.size());
-    std::atomic<size_t> next{0};
+    std::vector<std::atomic<int64_t>> turn(static_cast<size_t>(symmetric_ ? rows_ : rows_ + cols_));
+    std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
     const auto work = [&] {
-      for (size_t t; (t = next.fetch_add(1)) < tasks_.size();) {
-        const Task& task = tasks_[t];
+      for (int64_t t; (t = next.fetch_add(1)) < tasks;) {
+        const Task task = at(t);
         // Earlier tasks are finished or running, so this ends.
         await(turn[task.slot_i], task.turn_i, failed);
         await(turn[task.slot_j], task.turn_j, failed);
@@ -117,14 +107,49 @@ class Schedule {
     int64_t turn_i, turn_j;
   };
 
-  Schedule(int64_t row_blocks, int64_t col_blocks)
-      : turns_(static_cast<size_t>(row_blocks + col_blocks), 0) {}
+  Schedule(int64_t rows, int64_t cols, bool symmetric)
+      : rows_(rows),
+        cols_(cols),
+        rounds_(std::max(rows, cols)),
+        few_(std::min(rows, cols)),
+        symmetric_(symmetric) {}
 
-  void add(int64_t i, int64_t j, int64_t slot_i, int64_t slot_j) {
-    const size_t a = static_cast<size_t>(slot_i), b = static_cast<size_t>(slot_j);
-    tasks_.push_back({i, j, a, b, turns_[a], turns_[b]});
-    ++turns_[a];
-    if (a != b) ++turns_[b];
+  int64_t count() const { return symmetric_ ? rows_ * (rows_ + 1) / 2 : rows_ * cols_; }
+
+  Task at(int64_t t) const { return symmetric_ ? symmetric_task(t) : rectangular_task(t); }
+
+  // Two rounds, the first of an even number, have a task more than there are blocks. In round r the
+  // I <= J are those up to r / 2 and, from r + 1 on, those whose J is a number of blocks further.
+  // Every block has one task a round.
+  Task symmetric_task(int64_t t) const {
+    const int64_t first = rows_ / 2 + 1, of_two = t % (rows_ + 1);
+    const int64_t round = t / (rows_ + 1) * 2 + (of_two >= first ? 1 : 0);
+    const int64_t place = of_two >= first ? of_two - first : of_two;
+    const int64_t i = place <= round / 2 ? place : round + place - round / 2;
+    const int64_t j = (round - i + rows_) % rows_;
+    return {i, j, static_cast<size_t>(i), static_cast<size_t>(j), round, round};
+  }
+
+  // The side with fewer blocks has a task of each of them in every round.
+  Task rectangular_task(int64_t t) const {
+    const int64_t round = t / few_, few = t % few_, many = (round - few + rounds_) % rounds_;
+    const int64_t i = rows_ <= cols_ ? few : many, j = rows_ <= cols_ ? many : few;
+    const int64_t earlier = tasks_before(round, many);
+    return {i,
+            j,
+            static_cast<size_t>(i),
+            static_cast<size_t>(rows_ + j),
+            rows_ <= cols_ ? round : earlier,
+            rows_ <= cols_ ? earlier : round};
+  }
+
+  // Of a block of the other side: rounds before this one in which (round - block) modulo the number
+  // of rounds is a block of the side with fewer.
+  int64_t tasks_before(int64_t round, int64_t block) const {
+    const auto up_to = [this](int64_t k) {
+      return k / rounds_ * few_ + std::min(k % rounds_, few_);
+    };
+    return up_to(rounds_ - block + round) - up_to(rounds_ - block);
   }
 
   static void await(const std::atomic<int64_t>& turn, int64_t wanted,
@@ -132,8 +157,8 @@ class Schedule {
     while (turn.load(std::memory_order_acquire) != wanted && !failed) std::this_thread::yield();
   }
 
-  std::vector<int64_t> turns_;
-  std::vector<Task> tasks_;
+  const int64_t rows_, cols_, rounds_, few_;
+  const bool symmetric_;
 };
 
 }  // namespace flashmetric

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // threshold_sum: per query row and threshold t the sum over pairs of f(t - distance), and how many
-// distances are below t; and the gradient of any weighted total of those sums, by recompute.
+// distances are below t; and the gradient of any weighted total of those sums, by recompute. For a
+// threshold that is NaN, sum and slope of a row with pairs are NaN, and if such a sum has a weight
+// other than 0 all gradients are.
 #include <row_sweep.h>
 #include <torch/csrc/stable/library.h>
 
@@ -19,16 +21,37 @@ Term parse_threshold_formula(const std::string& name) {
   return parse_term(name);
 }
 
-// Thresholds as float64, [n or 1, count].
+// Thresholds as float64, [n or 1, count]. In place of a NaN there is the threshold before it, which
+// keeps the others in order: what is found for it is thrown away.
 class Thresholds {
  public:
   Thresholds(const Tensor& thresholds, int64_t n)
-      : tensor_(rows_as<double>(thresholds)), shared_(thresholds.size(0) == 1 && n != 1) {}
+      : tensor_(rows_as<double>(thresholds)), shared_(thresholds.size(0) == 1 && n != 1) {
+    const double* given = data<double>(tensor_);
+    const double* end = given + rows() * count();
+    if (std::none_of(given, end, [](double t) { return std::isnan(t); })) return;
+    ordered_.assign(given, end);
+    for (int64_t i = 0; i < rows(); ++i) {
+      double last = -infinity<double>();
+      for (int64_t k = 0; k < count(); ++k) {
+        double& t = ordered_[static_cast<size_t>(i * count() + k)];
+        if (std::isnan(t)) t = last;
+        last = t;
+      }
+    }
+  }
 
   int64_t rows() const { return tensor_.size(0); }
   int64_t count() const { return tensor_.size(1); }
   bool shared() const { return shared_; }
-  const double* row(int64_t i) const { return data<double>(tensor_) + (shared_ ? 0 : i) * count(); }
+  const double* row(int64_t i) const {
+    return (ordered_.empty() ? data<double>(tensor_) : ordered_.data()) + offset(i);
+  }
+
+  bool any_nan() const { return !ordered_.empty(); }
+  bool is_nan(int64_t i, int64_t k) const {
+    return any_nan() && std::isnan(data<double>(tensor_)[offset(i) + k]);
+  }
 
   // Padding comes first.
   int64_t first_finite(int64_t i) const {
@@ -38,8 +61,11 @@ class Thresholds {
   }
 
  private:
+  int64_t offset(int64_t i) const { return shared_ ? 0 : i * count(); }
+
   Tensor tensor_;
   bool shared_;
+  std::vector<double> ordered_;  // empty: the tensor's own
 };
 
 void check_thresholds(const Tensor& thresholds, int64_t n) {
@@ -93,7 +119,7 @@ class Sums {
       });
       for (int64_t i = begin; i < end && op_.term == Term::kHinge; ++i) finish_hinge(i);
     });
-    if (!pairs_.finite()) poison();
+    if (!pairs_.finite() || thresholds_.any_nan()) poison();
   }
 
  private:
@@ -126,14 +152,20 @@ class Sums {
     }
   }
 
-  // Compare-and-skip rules would drop pairs with NaN: all sums of a row that has pairs are NaN.
+  // Compare-and-skip rules would drop pairs with NaN: all sums of a row that has pairs are NaN, or
+  // those for thresholds that are.
   void poison() const {
     const std::vector<int64_t> pairs = pairs_.counts();
     for (int64_t i = 0; i < pairs_.n; ++i) {
       if (pairs[static_cast<size_t>(op_.positives ? i : pairs_.n + i)] == 0) continue;
-      for (int64_t k = thresholds_.first_finite(i); k < count(); ++k)
-        op_.sum[i * count() + k] = op_.slope[i * count() + k] =
-            std::numeric_limits<double>::quiet_NaN();
+      const int64_t first = thresholds_.first_finite(i);
+      for (int64_t k = 0; k < count(); ++k) {
+        const bool nan = thresholds_.is_nan(i, k);
+        if (nan) op_.below[i * count() + k] = 0;
+        if (nan || (!pairs_.finite() && k >= first))
+          op_.sum[i * count() + k] = op_.slope[i * count() + k] =
+              std::numeric_limits<double>::quiet_NaN();
+      }
     }
   }
 
@@ -211,8 +243,9 @@ class GradTables {
     for (int64_t k = count - 1; k >= 0; --k) {
       table[k] = round_up_to<T>(thresholds.row(i)[k]);
       // Padding is below every distance.
-      if (k >= first) sum += weights[k];
-      weight[k] = k < first ? T(0) : static_cast<T>(from_the_end ? sum : weights[k]);
+      const double own = k < first || thresholds.is_nan(i, k) ? 0.0 : weights[k];
+      sum += own;
+      weight[k] = k < first ? T(0) : static_cast<T>(from_the_end ? sum : own);
     }
     if (first == count) return;
     lowest_[i] = table[first];
@@ -224,6 +257,16 @@ class GradTables {
   const int64_t padded_;
   Buffer<T> table_, weight_, lowest_, highest_, total_;
 };
+
+// Whether a sum that is NaN for its threshold has a weight.
+bool weighs_nan(const Thresholds& thresholds, const Tensor& grad, int64_t n) {
+  if (!thresholds.any_nan()) return false;
+  const double* weights = data<double>(grad);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < thresholds.count(); ++k)
+      if (thresholds.is_nan(i, k) && weights[i * thresholds.count() + k] != 0.0) return true;
+  return false;
+}
 
 std::tuple<Tensor, Tensor> threshold_sum_backward_cpu(
     const Tensor& grad, const Tensor& query, const Tensor& labels, const OptionalTensor& ref,
@@ -244,9 +287,11 @@ std::tuple<Tensor, Tensor> threshold_sum_backward_cpu(
       return torch::stable::new_zeros(query, {rows, pairs.d}, scalar_type<T>());
     };
     Tensor grad_query = zeros(pairs.n), grad_ref = zeros(ref_grad && !pairs.self ? pairs.m : 0);
+    bool spoiled = !pairs.finite();
     if (pairs.n > 0 && pairs.m > 0 && thresholds.size(1) > 0) {
       const Thresholds limits(thresholds, pairs.n);
       const Tensor weights = as_contiguous(grad);
+      spoiled = spoiled || weighs_nan(limits, weights, pairs.n);
       const GradTables<T> tables(limits, weights, term, pairs.n);
       T* of_query = mutable_data<T>(grad_query);
       T* of_ref = pairs.self ? of_query : ref_grad ? mutable_data<T>(grad_ref) : nullptr;
@@ -256,7 +301,7 @@ std::tuple<Tensor, Tensor> threshold_sum_backward_cpu(
         cpu_kernels<T>().threshold_grad(pairs.batch(), block, op, tile);
       });
     }
-    if (!pairs.finite() && pairs.has_pairs()) {
+    if (spoiled && pairs.has_pairs()) {
       torch::stable::fill_(grad_query, std::numeric_limits<double>::quiet_NaN());
       torch::stable::fill_(grad_ref, std::numeric_limits<double>::quiet_NaN());
     }

@@ -25,6 +25,9 @@ struct DirectPullArgs {
 template <class T>
 cudaError_t slab_direct_pull(const DirectPullArgs& args, cudaStream_t stream);
 
+// In place of a kind: pairs of either.
+constexpr int32_t kBothKinds = 3;
+
 // Distances from products, or from u where they are direct.
 struct SlabDistanceArgs {
   SlabProblem problem;

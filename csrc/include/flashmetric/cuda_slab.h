@@ -26,24 +26,4 @@ std::tuple<Tensor, Tensor> slab_hardest(const Tensor& query, const Tensor& query
 std::tuple<Tensor, Tensor, Tensor> triplet_finish(const Tensor& index, const Tensor& distance,
                                                   const TripletRule<double>& rule);
 
-struct PairSumRule {
-  Distance distance;
-  Formula formula;
-  double pos_margin, neg_margin;
-};
-
-// Sums [2, n], counts [4, n], gradients [2, n, d] and [2, m, d].
-std::tuple<Tensor, Tensor, Tensor, Tensor> slab_pair_sum(
-    const Tensor& query, const Tensor& query_labels, const OptionalTensor& ref,
-    const OptionalTensor& ref_labels, const PairSumRule& rule, bool with_grad, bool with_ref_grad,
-    Multiply multiply = Multiply::kLibrary);
-
-// Gradients of query and of ref, in their dtype.
-std::tuple<Tensor, Tensor> slab_pair_sum_backward(const Tensor& grad_sums, const Tensor& query,
-                                                  const Tensor& query_labels,
-                                                  const OptionalTensor& ref,
-                                                  const OptionalTensor& ref_labels,
-                                                  const PairSumRule& rule, bool with_ref_grad,
-                                                  Multiply multiply = Multiply::kLibrary);
-
 }  // namespace flashmetric::cuda

@@ -170,7 +170,9 @@ struct SqrtCosine {
   }
 };
 
-// 1 - exp(-|x - r|^2), the Gaussian kernel as a distance.
+// 1 - exp(-|x - r|^2), the Gaussian kernel as a distance. Its slope has the absolute error of the
+// distance, half a unit in the last place of 1: of rows far beyond the width, whose slope is below
+// that, the gradient is 0. (exp(-u) would keep its digits, but u is gone where slopes are needed.)
 struct Rbf {
   static constexpr bool kDifference = true;
   static constexpr bool kUnitRows = false;

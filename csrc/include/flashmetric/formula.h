@@ -9,7 +9,8 @@
 namespace flashmetric {
 
 // Pair losses: functions of z, which is the violation of a margin (d - pos_margin or
-// neg_margin - d) or in general scale * d + offset.
+// neg_margin - d) or in general scale * d + offset. A z that is NaN gives a value and a slope that
+// are NaN, also where the slope is a constant.
 
 struct Linear {
   template <class V>
@@ -17,8 +18,8 @@ struct Linear {
     return z;
   }
   template <class V>
-  static FLASHMETRIC_HD V slope(V) {
-    return V(1);
+  static FLASHMETRIC_HD V slope(V z) {
+    return select(equal(z, z), V(1), z);
   }
 };
 
@@ -38,9 +39,10 @@ struct Hinge {
   static FLASHMETRIC_HD V value(V z) {
     return max(z, V(0));
   }
+  // What is not above 0 is 0 or NaN: the value, which costs nothing beside it.
   template <class V>
   static FLASHMETRIC_HD V slope(V z) {
-    return select(greater(z, V(0)), V(1), V(0));
+    return select(greater(z, V(0)), V(1), max(z, V(0)));
   }
 };
 
@@ -134,7 +136,6 @@ struct TripletRule {
 };
 
 // Run time -> compile time.
-enum class Formula : int { kHinge, kSquaredHinge };
 enum class Term : int {
   kNone,
   kLinear,
@@ -145,11 +146,6 @@ enum class Term : int {
   kExp,
   kSquaredSigmoid
 };
-
-template <class F>
-FLASHMETRIC_HD auto with_formula(Formula formula, F&& f) {
-  return formula == Formula::kHinge ? f(Hinge{}) : f(SquaredHinge{});
-}
 
 // `term` is not kNone: that has no functor.
 template <class F>

@@ -86,24 +86,6 @@ struct Extremes {
   Nearest<T> positive;  // null pointers: positives are found elsewhere
 };
 
-template <class T>
-struct PairSum {
-  Distance distance;
-  Formula formula;
-  bool positives;  // pairs of one class; otherwise pairs of different classes
-  T margin;
-  bool symmetric;   // one self-batch: a pair counts for both of its rows
-  const T* weight;  // [n] weight of each query row in the objective that is differentiated
-};
-
-// Results per row of one side. A null `sum` or `grad` means that it is not wanted.
-template <class T>
-struct PairSumRows {
-  double* sum;      // [n] sum of the pair losses
-  int64_t* active;  // [n] how many of them are positive
-  T* grad;          // [n, d] gradient of the weighted objective
-};
-
 // A pair of one kind brings f(scale d + offset) to the sum of its query row. All arrays are per
 // query row and padded to whole panels.
 template <class T>
@@ -196,12 +178,6 @@ struct CpuKernels {
   // out[d] += sum over t of coefficient[t] * du/dx.
   void (*accumulate)(Distance distance, const T* x, const Side<T>& other, const int32_t* list,
                      const T* coefficient, int64_t count, T* out);
-
-  // The positives or the negatives of a block, loss and gradient. `scratch` holds kMaxBlockRows^2
-  // elements.
-  void (*pair_sum)(const PairSum<T>& op, const Side<T>& query, const Side<T>& ref,
-                   const Block& block, const PairSumRows<T>& rows, const PairSumRows<T>& columns,
-                   T* scratch);
 
   // Adds how many pairs of each kind the rows have in a block; of a self-batch's block, all but the
   // rows themselves.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of unit length."""
+"""Rows of unit length, and how long rows are."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from flashmetric.checks import check_rows
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.first_order import first_order_only
+
+L2Power = Literal[1, 2]
+L2_POWER = get_args(L2Power)
 
 
 class NormalizeRows(torch.autograd.Function):
@@ -20,13 +23,14 @@ class NormalizeRows(torch.autograd.Function):
         """Scale by the largest element first, so that no square overflows or vanishes."""
         ctx.dtype = x.dtype
         x = x.to(accumulate_dtype(x.dtype))
+        # One tensor of the rows' size: fresh memory costs more than the arithmetic.
+        scaled = x.abs()
         # A column of zeros stands in where there are no features: the largest of none is undefined.
-        size = torch.linalg.vector_norm(
-            x if x.shape[1] else x.new_zeros((x.shape[0], 1)), torch.inf, 1, keepdim=True
-        )
+        largest = scaled if x.shape[1] else x.new_zeros((x.shape[0], 1))
+        size = largest.amax(1, keepdim=True)
         # Below the smallest normal number the inverse of the norm would overflow.
         zero = size < torch.finfo(x.dtype).tiny
-        scaled = x / size
+        torch.div(x, size, out=scaled)
         norm = torch.linalg.vector_norm(scaled, 2, 1, keepdim=True)
         unit: Tensor = scaled.div_(norm).masked_fill_(zero, 0)
         ctx.save_for_backward(unit, norm.mul_(size).reciprocal_().masked_fill_(zero, 0))
@@ -37,8 +41,9 @@ class NormalizeRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Project the gradient on the tangent of the sphere."""
         unit, inverse = ctx.saved_tensors
-        radial = (grad * unit).sum(1, keepdim=True)
-        tangent: Tensor = (grad - unit * radial).mul_(inverse)
+        product = grad * unit
+        radial = product.sum(1, keepdim=True)
+        tangent: Tensor = torch.mul(unit, radial, out=product).sub_(grad).mul_(inverse.neg())
         return tangent.to(ctx.dtype)
 
 
@@ -57,9 +62,16 @@ def normalize_rows(x: Tensor) -> Tensor:
 
     Returns:
         Unit rows, shape [N, D], float32 (float64 for float64 rows); gradients come back in the
-        dtype of ``x``. A row whose largest magnitude is below the smallest normal number counts as
-        a zero row. A row that holds NaN or an infinity becomes NaN.
-        There are no second derivatives.
+        dtype of ``x``. A row that holds NaN or an infinity becomes NaN. There are no second
+        derivatives.
+
+    Zero rows:
+        A row whose largest magnitude is below the smallest normal number counts as a zero row.
+        Every other one has length 1, also those shorter than the 1e-12 below which
+        ``torch.nn.functional.normalize`` divides by 1e-12 instead. Between zero rows and all others
+        the losses find the distance 1 by ``"cosine"`` and ``"sqrt_cosine"``, pi / 2 by
+        ``"angular"``, 1 by ``"euclidean"`` with ``normalize=True`` (0 between two zero rows), and
+        no gradient reaches a zero row.
 
     Raises:
         TypeError: ``x`` is no dense tensor of these dtypes.
@@ -83,3 +95,10 @@ def normalize_rows(x: Tensor) -> Tensor:
 
 
 _normalize_rows: Callable[[Tensor], Tensor] = NormalizeRows.apply
+
+
+def row_sizes(rows: Tensor, power: L2Power) -> Tensor:
+    """Lengths of rows (power 1) or their squares (power 2), [N]."""
+    rows = rows.to(accumulate_dtype(rows.dtype))
+    # The derivative of the length of a zero row is 0, as torch has it.
+    return rows.square().sum(1) if power == 2 else torch.linalg.vector_norm(rows, dim=1)

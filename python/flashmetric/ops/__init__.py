@@ -8,12 +8,10 @@ memory safety needs: :mod:`flashmetric.functional` is the interface for users.
 
 import flashmetric.ops.matmul_precision  # noqa: F401  defines an op
 import flashmetric.ops.nearest_beyond  # noqa: F401  defines an op
-import flashmetric.ops.plain  # noqa: F401  defines ops for native code
 import flashmetric.ops.row_top_k  # noqa: F401  defines an op
 from flashmetric.ops.hardest import Hardest
 from flashmetric.ops.hardest_triplets import HardestTriplets
 from flashmetric.ops.pair_distance import PairDistance
-from flashmetric.ops.pair_sum import PairRows, PairTotal
 from flashmetric.ops.row_lse import RowLse
 from flashmetric.ops.row_sum import RowSum, RowTotal
 from flashmetric.ops.threshold_sum import ThresholdSum
@@ -22,8 +20,6 @@ __all__ = [
     "Hardest",
     "HardestTriplets",
     "PairDistance",
-    "PairRows",
-    "PairTotal",
     "RowLse",
     "RowSum",
     "RowTotal",

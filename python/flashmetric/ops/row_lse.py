@@ -49,7 +49,7 @@ class _Running:
         old = (self.top[kind, rows] - shift).exp_()
         self.sum[kind, rows] = self.sum[kind, rows] * old + e.sum(dim)
         self.moment[kind, rows] = self.moment[kind, rows] * old + (e * d).sum(dim)
-        self.count[kind, rows] += (z > -torch.inf).sum(dim)
+        self.count[kind, rows] += (z != -torch.inf).sum(dim)  # NaN counts
         self.top[kind, rows] = top
 
     def finish(self, spoiled: Tensor) -> tuple[Tensor, Tensor, Tensor]:

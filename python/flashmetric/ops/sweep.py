@@ -117,7 +117,11 @@ def sweep(batch: Batch) -> Iterator[Slab]:
         if is_difference(distance):
             sizes = x_norms[rows, None] + r_norms
             u.add_(sizes)
-            near = (u < sizes.mul_(NEAR)).logical_and_(kinds[0] | kinds[1]).nonzero()
+            close = u < sizes.mul_(NEAR)
+            if distance == "angular":
+                # The angle is as sensitive to u at pi as at 0, and has no slope there, either.
+                close |= u > 4 - 2 * NEAR
+            near = close.logical_and_(kinds[0] | kinds[1]).nonzero()
         i, j = near.unbind(1)
         for part in slabs(len(i), x.shape[1]):
             u[i[part], j[part]] = exact_u(x[i[part]], batch.r[j[part]], distance)

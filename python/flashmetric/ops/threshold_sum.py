@@ -33,6 +33,16 @@ def _candidates(slab: Slab, kind: int) -> Tensor:
     return slab.d.double().masked_fill(~slab.kinds[kind], torch.inf)
 
 
+def _in_order(thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Thresholds with the one before it in place of each NaN, and which were NaN.
+
+    Those in place of NaN keep the others in order; what is found for them is thrown away.
+    """
+    missing = thresholds.isnan()
+    before = thresholds.masked_fill(missing, -torch.inf).cummax(1).values
+    return torch.where(missing, before, thresholds), missing
+
+
 def _hinge_sums(d: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of max(t - d, 0) and numbers of d below t, of each row for all its thresholds at once.
 
@@ -64,7 +74,9 @@ def threshold_sum_fallback(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch implementation of ``flashmetric::threshold_sum``.
 
-    Thresholds, [N, K] or [1, K] for all rows, ascend within a row; -inf in front is padding.
+    Thresholds, [N, K] or [1, K] for all rows, ascend within a row; -inf in front is padding. For a
+    threshold that is NaN, sum and slope of a row that has pairs are NaN and the count is 0; the
+    other thresholds of the row are not affected.
 
     Returns:
         Sums [N, K] of f(threshold - distance) over the pairs of the kind; int64 counts [N, K] of
@@ -73,7 +85,7 @@ def threshold_sum_fallback(
     """
     batch, at = Batch.of(Pairs(query, labels, ref, ref_labels, rule, distance)), KINDS.index(kind)
     shape = batch.x.shape[0], thresholds.shape[1]
-    thresholds = thresholds.double().expand(shape)
+    thresholds, missing = _in_order(thresholds.double().expand(shape))
     sums = batch.x.new_zeros(shape, dtype=torch.float64)
     counts, slopes = sums.new_zeros(shape, dtype=torch.int64), torch.zeros_like(sums)
     seen = torch.zeros((shape[0], 1), dtype=torch.bool, device=query.device)
@@ -91,9 +103,11 @@ def threshold_sum_fallback(
             sums[rows, k], slopes[rows, k] = value.sum(1), slope.sum(1)
             counts[rows, k] = (z > 0).sum(1)
 
-    spoiled, counted = batch.poison(), seen & (thresholds != -torch.inf)
+    spoiled = batch.poison() + torch.zeros_like(sums).masked_fill_(missing, torch.nan)
+    counted = seen & (missing | (thresholds != -torch.inf))
     sums = torch.where(counted, sums + spoiled, 0)
-    return sums, counts, torch.where(counted, slopes + spoiled, 0)
+    slopes = torch.where(counted, slopes + spoiled, 0)
+    return sums, counts.masked_fill_(missing, 0), slopes
 
 
 @full_precision
@@ -114,10 +128,15 @@ def threshold_sum_backward_fallback(
 
     Returns:
         Gradients of ``(grad * sums).sum()`` in query and in ref ([0, D] when ref is None or
-        ``ref_grad`` is not set), in the dtypes of those.
+        ``ref_grad`` is not set), in the dtypes of those; NaN if ``grad`` is not 0 for a threshold
+        that is NaN.
     """
     batch, at = Batch.of(Pairs(query, labels, ref, ref_labels, rule, distance)), KINDS.index(kind)
-    thresholds = thresholds.double().expand(grad.shape)
+    thresholds, missing = _in_order(thresholds.double().expand(grad.shape))
+    spoiled = grad.new_zeros(())
+    if batch.has_pairs():
+        spoiled = spoiled.masked_fill((missing & (grad != 0)).any(), torch.nan)
+    grad = grad.masked_fill(missing, 0)
     gradients = RowGradients(batch, ref_grad)
     for slab in sweep(batch):
         rows, d = slab.rows, _candidates(slab, at)
@@ -129,7 +148,8 @@ def threshold_sum_backward_fallback(
                 _, slope = term(thresholds[rows, k, None] - d, formula)
                 weight.addcmul_(slope, grad[rows, k, None])
         gradients.add(slab, weight.neg_().to(batch.x.dtype))
-    return gradients.finish()
+    grad_query, grad_ref = gradients.finish()
+    return grad_query.add_(spoiled), grad_ref.add_(spoiled)
 
 
 library.impl("threshold_sum", threshold_sum_fallback, "CompositeExplicitAutograd")
