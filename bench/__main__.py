@@ -9,14 +9,20 @@ from pathlib import Path
 
 import torch
 
-from bench import loss_table
+from bench import loss_report, loss_search, loss_table
 from bench.cases import Case, grid
 from bench.contenders import CONTENDERS
 from bench.machine import cpu_model, describe_machine, load_average, slug
 from bench.peak import Peak, PeakMeter
 from bench.plot import plot
 from bench.probes import large_memory, tile_rate
-from bench.report import markdown_report, text_report, write_csv
+from bench.report import (
+    markdown_document,
+    markdown_report,
+    text_document,
+    text_report,
+    write_csv,
+)
 from bench.suite import Options, Suite, say
 from bench.targets import LARGE_FEATURES, LARGE_ROWS, evaluate, evaluate_losses
 
@@ -29,13 +35,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--quick", action="store_true", help="two sizes, under two minutes")
     scope.add_argument("--full", action="store_true", help="the whole grid of N and D, hours")
-    parser.add_argument("--losses", action="store_true", help="one line for every loss instead")
+    parser.add_argument(
+        "--losses", nargs="*", metavar="NAME", help="a line for every loss instead, or for some"
+    )
     parser.add_argument("--only", choices=("triplet", "contrastive"), help="one loss")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dims", type=int, nargs="+", metavar="D", help="numbers of features")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, help="seconds of timing per contender and mode")
-    parser.add_argument("--max-seconds", type=float, default=5.0, help="longest call to time")
+    parser.add_argument(
+        "--max-seconds", type=float, help="longest call to time, 5 by default, 120 with --losses"
+    )
+    parser.add_argument("--memory", type=float, metavar="GIB", help="most that a contender may use")
     parser.add_argument(
         "--without",
         nargs="+",
@@ -55,13 +66,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: expected numbers of at least 2")
     if any(value < 16 for value in options.sizes or ()):
         parser.error("--sizes: expected at least 16, so that there are two classes")
+    if options.max_seconds is None:
+        options.max_seconds = 5.0 if options.losses is None else 120.0
+    known = {name for line in loss_table.LINES for name in (line.name, line.kernel)}
+    if unknown := sorted(set(options.losses or ()) - known):
+        parser.error(f"--losses: there is no {', '.join(unknown)}; there are {sorted(known)}")
+    if options.losses is not None and (options.sizes or options.only):
+        parser.error("--losses has sizes of its own: --sizes and --only are of the other benchmark")
     return options
 
 
-def run(suite: Suite, cases: list[Case]) -> None:
+def run(suite: Suite, cases: list[Case], searching: bool = False) -> None:
     """Gates and measures all cases."""
     for kernel in dict.fromkeys(case.kernel for case in cases):
         suite.gate(kernel)
+    if searching:
+        cases = loss_search.search(suite, cases)
     for number, case in enumerate(cases, 1):
         say(f"[{number}/{len(cases)}] {case.title}")
         suite.run(case)
@@ -93,15 +113,12 @@ def write(
 ) -> list[Path]:
     """Writes CSV, Markdown and plots, and prints the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    of_losses = any(row.kernel in loss_table.builds("ours") for row in suite.rows)
-    outcomes = evaluate_losses(suite.rows) if of_losses else evaluate(suite.rows)
+    outcomes = evaluate(suite.rows)
     print(text_report(header, suite.rows, outcomes))
     gate = [f"{k}: {name}: {v.text}" for (k, name), v in suite.verdicts.items()]
     written = [folder / f"{stem}.csv", folder / f"{stem}.md"]
     write_csv(written[0], suite.rows)
     written[1].write_text(markdown_report(header, gate, suite.rows, outcomes, command))
-    if of_losses:
-        return written  # a plot needs more than one size
     subtitle = f"{header['processor']}, {header['threads used']} threads, {header['date']}"
     try:
         for kernel in dict.fromkeys(row.kernel for row in suite.rows if row.metric == "time"):
@@ -110,6 +127,21 @@ def write(
                 written += plot(suite.rows, kernel, metric, subtitle, folder / name)
     except ImportError as error:
         say(f"no plots: {error}")
+    return written
+
+
+def write_losses(
+    suite: Suite, header: dict[str, str], folder: Path, stem: str, command: str
+) -> list[Path]:
+    """Writes CSV and Markdown of the table of losses, and prints the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = loss_report.sections(suite.rows, suite.verdicts, evaluate_losses(suite.rows))
+    print(text_document(header, tables))
+    features = next((row.d for row in suite.rows), 0)
+    written = [folder / f"{stem}.csv", folder / f"{stem}.md"]
+    write_csv(written[0], suite.rows + loss_report.gate_rows(suite.verdicts, features))
+    about = f"Written by `{command}`. {loss_report.ABOUT}"
+    written[1].write_text(markdown_document("Every loss", about, header, [], tables))
     return written
 
 
@@ -129,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
             options.max_seconds,
             interpreters,
             frozenset(options.without),
+            least=3 if options.losses is None else 5,
+            memory=None if options.memory is None else int(options.memory * 2**30),
+            steps_only=options.losses is not None,
         )
     )
     load_before = load_average()
@@ -136,21 +171,22 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"warning: the load average is {load_before}; other work on the machine skews ratios")
     peaks: list[Peak] = []
     try:
-        if options.losses:
-            cases = loss_table.grid((options.dims or [128])[0], options.quick)
+        if options.losses is not None:
+            cases = loss_table.grid((options.dims or [128])[0], options.quick, options.losses)
+            run(suite, cases, searching=not options.quick)
         else:
-            cases = grid(options.only, options.sizes, options.dims, scope)
-        run(suite, cases)
-        if not options.no_probes and not options.losses:
-            peaks = probe(suite, scope, options.only)
+            run(suite, grid(options.only, options.sizes, options.dims, scope))
+            if not options.no_probes:
+                peaks = probe(suite, scope, options.only)
     except KeyboardInterrupt:
         say("interrupted: the report holds what was measured until now")
     header = describe_machine(options.threads, peaks, load_before)
     stem = f"{slug(cpu_model())}-{header['date']}" + ("" if scope == "default" else f"-{scope}")
-    stem += "-losses" if options.losses else ""
+    stem += "-losses" if options.losses is not None else ""
     shown = [a for a in sys.argv[1:] if not Path(a).is_absolute()] if arguments is None else []
     command = shlex.join(["python", "-m", "bench", *shown])
-    for path in write(suite, header, options.out, stem, command):
+    writer = write if options.losses is None else write_losses
+    for path in writer(suite, header, options.out, stem, command):
         say(f"wrote {path}")
     ours = [v for (_, name), v in suite.verdicts.items() if name.startswith("flashmetric")]
     return 0 if all(v.passed for v in ours) else 1

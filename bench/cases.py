@@ -27,6 +27,7 @@ class Case:
         d: Features per embedding.
         activity: Key of ``ACTIVE_SHARE``; only contrastive cases have one.
         per_class: Rows per class.
+        towers: Two towers of N rows each, row i of one in the class of row i of the other.
     """
 
     kernel: str
@@ -34,6 +35,7 @@ class Case:
     d: int
     activity: str = ""
     per_class: int = SAMPLES_PER_CLASS
+    towers: bool = False
 
     @property
     def title(self) -> str:
@@ -68,17 +70,21 @@ def draw(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
         seed: Seed of the generator.
 
     Returns:
-        Embeddings [N, D], float32, and labels [N], int64.
+        Embeddings [N, D], float32, and labels [N], int64; [2 N, D] and [2 N] of two towers, the
+        first of them in the first half.
     """
     generator = torch.Generator().manual_seed(seed)
-    classes = -(-case.n // case.per_class)
+    count = case.n * (1 + case.towers)
+    classes = -(-count // case.per_class)
     centres = torch.nn.functional.normalize(torch.randn(classes, case.d, generator=generator))
     # Tight and loose classes: some anchors satisfy the margin and some do not, at every D.
     spread = 0.3 + 1.5 * torch.rand(classes, 1, generator=generator)
-    labels = torch.arange(case.n) // case.per_class
-    noise = torch.randn(case.n, case.d, generator=generator) / case.d**0.5
+    labels = torch.arange(count) // case.per_class
+    noise = torch.randn(count, case.d, generator=generator) / case.d**0.5
     x = torch.nn.functional.normalize(centres[labels] + spread[labels] * noise)
-    order = torch.randperm(case.n, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    if case.towers:
+        order = torch.arange(count).view(-1, 2).T.flatten()
     return x[order].contiguous(), labels[order].contiguous()
 
 

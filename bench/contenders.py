@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench import loss_table
+from bench import loss_builders
+from bench.loss_builders import Loss
+from bench.loss_table import PML, ST
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 OURS = "flashmetric"
 BARE = "bare x @ x.T"
 
@@ -195,17 +196,13 @@ CONTENDERS = (
             "triplet": flashmetric_triplet,
             "contrastive": flashmetric_contrastive,
             "hardest": flashmetric_hardest,
-            **loss_table.builds("ours"),
+            **loss_builders.builds("ours"),
         },
         env={"FLASHMETRIC_REQUIRE_NATIVE": "1"},
     ),
     Contender(
         "flashmetric fallback",
-        {
-            "triplet": flashmetric_triplet,
-            "contrastive": flashmetric_contrastive,
-            **loss_table.builds("ours"),
-        },
+        {"triplet": flashmetric_triplet, "contrastive": flashmetric_contrastive},
         env={"FLASHMETRIC_BACKEND": "python", "FLASHMETRIC_REQUIRE_NATIVE": "0"},
     ),
     Contender("torch best", {"triplet": best_triplet, "contrastive": plain_contrastive}),
@@ -217,24 +214,24 @@ CONTENDERS = (
         preload=("torch._inductor.compile_fx",),
     ),
     Contender(
-        "pytorch-metric-learning",
-        {"triplet": pml_triplet, "contrastive": pml_contrastive, **loss_table.builds("pml")},
+        PML,
+        {"triplet": pml_triplet, "contrastive": pml_contrastive, **loss_builders.builds(PML)},
         preload=("pytorch_metric_learning.losses", "pytorch_metric_learning.miners"),
-        package="pytorch-metric-learning",
+        package=PML,
     ),
     Contender(
-        "sentence-transformers",
-        {"triplet": sentence_transformers_triplet, **loss_table.builds("sentence_transformers")},
+        ST,
+        {"triplet": sentence_transformers_triplet, **loss_builders.builds(ST)},
         python="st",
         preload=("sentence_transformers.sentence_transformer.losses",),
-        package="sentence-transformers",
+        package=ST,
     ),
     Contender(
         BARE,
         {
             "triplet": bare_product,
             "contrastive": bare_product,
-            **{line.kernel: bare_product for line in loss_table.LINES},
+            **loss_builders.builds("bare"),
         },
         differentiable=False,
     ),

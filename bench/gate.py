@@ -7,18 +7,19 @@ the package's dense reference in float64, which the tests hold against loops ove
 peer that disagrees with it computes another function, and is not timed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bench import loss_table
+from bench import loss_builders, loss_table
 from bench.cases import Case
 
 # D is no multiple of a vector width and N none of a tile.
 GATE_ROWS, GATE_FEATURES = 100, 37
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
+LIMITS = (LOSS_TOLERANCE, GRADIENT_TOLERANCE)
 # Within a case, float32 forms of different summation order are compared with each other.
 AGREEMENT_TOLERANCE = 1e-3
 
@@ -30,17 +31,19 @@ class Verdict:
     Attributes:
         passed: Whether it may be timed.
         text: Errors found, or why it could not be judged.
+        operators: The package's operators that it called.
     """
 
     passed: bool
     text: str
+    operators: tuple[str, ...] = ()
 
 
 def gate_case(kernel: str) -> Case:
     """The small case on which a kernel is judged."""
-    for line in loss_table.LINES:
-        if line.kernel == kernel:
-            return Case(kernel, GATE_ROWS, GATE_FEATURES, per_class=min(line.per_class, 8))
+    if line := loss_table.find(kernel):
+        case = line.case(GATE_ROWS, GATE_FEATURES)
+        return replace(case, per_class=min(case.per_class, 8))
     return Case(kernel, GATE_ROWS, GATE_FEATURES, "half" if kernel == "contrastive" else "")
 
 
@@ -78,9 +81,8 @@ def truth(kernel: str, x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor
     x = x.detach().double().requires_grad_()
     if kernel == "hardest":
         return true_hardest(x, labels).detach(), None
-    for line in loss_table.LINES:
-        if line.kernel == kernel:
-            return dense_truth(loss_table.ours(line), x, labels)
+    if line := loss_table.find(kernel):
+        return dense_truth(loss_builders.ours(line), x, labels)
     if kernel == "triplet":
         positive, negative = true_hardest(x, labels)
         loss = torch.relu(positive - negative + margin).mean()
@@ -95,7 +97,7 @@ def truth(kernel: str, x: Tensor, labels: Tensor, margin: float) -> tuple[Tensor
     return loss.detach(), x.grad
 
 
-def dense_truth(loss: loss_table.Loss, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def dense_truth(loss: loss_builders.Loss, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """A loss and its gradient by the package's reference on the whole matrix of distances."""
     from flashmetric.reference import dense
 
@@ -118,7 +120,7 @@ def judge(
     result: Tensor,
     grad: Tensor | None,
     expected: tuple[Tensor, Tensor | None],
-    limits: tuple[float, float] = (LOSS_TOLERANCE, GRADIENT_TOLERANCE),
+    limits: tuple[float, float] = LIMITS,
 ) -> Verdict:
     """Compares a contender's result and gradient with the truth.
 

@@ -15,6 +15,7 @@ MIB = 2**20
 # A block of calls this long hides the message that starts it and the cold caches left behind
 # by the contender before.
 BLOCK_SECONDS = 0.02
+SLOW_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,12 @@ def available_memory() -> int:
     return free
 
 
+def allowance(most: int | None = None) -> int:
+    """Bytes that a contender may use: 90 % of what is free, and at most ``most``."""
+    free = int(0.9 * available_memory())
+    return free if most is None else min(free, most)
+
+
 def cap_memory(bytes_allowed: int) -> None:
     """Makes allocations beyond the allowance fail in this process instead of on the machine."""
     soft = resident("VmSize") + bytes_allowed
@@ -134,18 +141,20 @@ def cap_memory(bytes_allowed: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def plan(seconds: float, budget: float) -> tuple[int, int]:
+def plan(seconds: float, budget: float, least: int = 3) -> tuple[int, int]:
     """Chooses how often to time a call.
 
     Args:
         seconds: What one call is known to take.
         budget: Seconds to spend on it.
+        least: Least number of calls, unless one takes more than five seconds: then three.
 
     Returns:
         Number of blocks and calls per block; at least three calls in all, at most 300.
     """
     seconds = max(seconds, 1e-7)
-    calls = min(max(int(budget / seconds), 3), 300)
+    least = least if seconds <= SLOW_SECONDS else 3
+    calls = min(max(int(budget / seconds), least), 300)
     block = min(max(int(BLOCK_SECONDS / seconds), 1), max(calls // 10, 1))
     return -(-calls // block), block
 
@@ -179,13 +188,14 @@ class Known:
     mode: str = ""
 
 
-def forecast(known: list[Known], n: int, d: int) -> Known | None:
-    """Scales the nearest smaller case, quadratically in N and linearly in D.
+def forecast(known: list[Known], n: int, d: int, power: int = 2) -> Known | None:
+    """Scales the nearest smaller case, by default quadratically in N, and linearly in D.
 
     Args:
         known: Cases of the same contender and loss.
         n: Batch size ahead.
         d: Features ahead.
+        power: Exponent of N.
 
     Returns:
         Expected seconds and bytes, or None if no case is at most as large in N.
@@ -195,6 +205,6 @@ def forecast(known: list[Known], n: int, d: int) -> Known | None:
         return None
     # Among equally near ones the slowest: the training step, not the forward pass.
     nearest = max(smaller, key=lambda item: (item.n, -abs(math.log(item.d / d)), item.seconds))
-    grow = (n / nearest.n) ** 2
+    grow = (n / nearest.n) ** power
     seconds = nearest.seconds * grow * max(d / nearest.d, 1.0)
     return Known(n, d, seconds, int(nearest.extra_bytes * grow))

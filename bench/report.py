@@ -149,7 +149,10 @@ def probe_lines(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-def sections(rows: list[Row], outcomes: list[Outcome]) -> list[tuple[str, list[str], list]]:
+Section = tuple[str, list[str], list[list[str]]]
+
+
+def sections(rows: list[Row], outcomes: list[Outcome]) -> list[Section]:
     """All tables of a report as title, headings and lines."""
     result = []
     for case in cases_of(rows):
@@ -167,11 +170,27 @@ def sections(rows: list[Row], outcomes: list[Outcome]) -> list[tuple[str, list[s
 
 def text_report(header: dict[str, str], rows: list[Row], outcomes: list[Outcome]) -> str:
     """The report for the terminal."""
+    return text_document(header, sections(rows, outcomes))
+
+
+def text_document(header: dict[str, str], tables: list[Section]) -> str:
+    """Header and tables for the terminal."""
     width = max(len(key) for key in header)
     parts = ["\n".join(f"{key.ljust(width)}  {value}" for key, value in header.items())]
-    for title, headings, lines in sections(rows, outcomes):
+    for title, headings, lines in tables:
         parts.append(f"{title}\n{text_table(headings, lines)}")
     return "\n\n".join(parts)
+
+
+def markdown_document(
+    title: str, about: str, header: dict[str, str], parts: list[str], tables: list[Section]
+) -> str:
+    """Title, explanation, header, further parts and tables as Markdown."""
+    listed = "\n".join(f"- {key}: {value}" for key, value in header.items())
+    parts = [f"# {title}", about, listed, *parts]
+    for name, headings, lines in tables:
+        parts.append(f"## {name}\n\n{markdown_table(headings, lines)}")
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown_report(
@@ -189,15 +208,12 @@ def markdown_report(
     Returns:
         The text.
     """
-    parts = [
-        "# Benchmark results",
+    about = (
         f"Written by `{command}`. Median and, in brackets, 20th and 80th percentile of the "
         "wall time of single calls; “/ ours” is that contender's median over flashmetric's, so "
         "above 1 flashmetric is faster. Extra memory is the peak of one training step. Unsteady: "
-        f"the 80th percentile is above {UNSTEADY:g} times the 20th.",
-        "\n".join(f"- {key}: {value}" for key, value in header.items()),
-        "## Correctness gate\n\n" + "\n".join(f"- {line}" for line in gate),
-    ]
-    for title, headings, lines in reversed(sections(rows, outcomes)):
-        parts.append(f"## {title}\n\n{markdown_table(headings, lines)}")
-    return "\n\n".join(parts) + "\n"
+        f"the 80th percentile is above {UNSTEADY:g} times the 20th."
+    )
+    judged = "## Correctness gate\n\n" + "\n".join(f"- {line}" for line in gate)
+    tables = sections(rows, outcomes)[::-1]
+    return markdown_document("Benchmark results", about, header, [judged], tables)

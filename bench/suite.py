@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the gate and the cases, and collects the rows of the report."""
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -8,13 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench import loss_table
 from bench.cases import Case, Setting, draw, settle
 from bench.contenders import BARE, CONTENDERS, OURS, Contender, contenders_of
-from bench.gate import Verdict, disagreement, gate_case, judge, truth
+from bench.gate import LIMITS, Verdict, disagreement, gate_case, judge, truth
 from bench.measure import (
     MIB,
+    SLOW_SECONDS,
     Known,
-    available_memory,
+    allowance,
     forecast,
     interleave,
     plan,
@@ -26,6 +29,8 @@ PEER = "torch best"
 UNSTEADY = 1.5
 # Threads of the contender before spin for some 3 ms after its last parallel region.
 PAUSE_SECONDS = 0.005
+# A call as long as this need not be repeated to plan how often to time it.
+LONG_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Options:
         max_seconds: A contender whose single call takes longer is skipped.
         interpreters: Other Python interpreters by the key that contenders name.
         without: Names of contenders that are left out.
+        least: Least number of timed calls; three of those that take more than five seconds.
+        memory: Most bytes that a contender may use; None for 90 % of what is free.
+        steps_only: Only training steps, in turns with the bare product.
     """
 
     threads: int
@@ -45,6 +53,9 @@ class Options:
     max_seconds: float = 5.0
     interpreters: dict[str, str] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
+    least: int = 3
+    memory: int | None = None
+    steps_only: bool = False
 
 
 @dataclass
@@ -75,6 +86,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def differs(reply: dict, mine: dict) -> str:
+    """What a peer of the table of losses computes otherwise at full size, in words."""
+    if STEP not in reply:
+        return ""
+    return disagreement(reply[STEP], mine[STEP]).replace("wrong", "differs")
+
+
 class Suite:
     """One run: what passed the gate, what is known so far, and the rows."""
 
@@ -94,7 +112,8 @@ class Suite:
     def start(self, contender: Contender, case: Case) -> Worker:
         """Starts a worker and waits until its loss is ready; raises Failure."""
         interpreter = self.options.interpreters.get(contender.python)
-        task = Task(contender.name, case, self.settings[case].margin, self.options.threads)
+        margin, memory = self.settings[case].margin, self.options.memory
+        task = Task(contender.name, case, margin, self.options.threads, memory)
         worker = Worker(task, interpreter)
         try:
             worker.wait(300.0)
@@ -113,11 +132,21 @@ class Suite:
             if contender.name == BARE:
                 verdict = Verdict(True, "no loss to judge")
             else:
-                verdict = self.examine(contender, case, expected)
+                peer = loss_table.peer(kernel, contender.name)
+                own = expected
+                if peer and peer.judged_by:
+                    own = truth(peer.judged_by, x, labels, self.settings[case].margin)
+                verdict = self.examine(contender, case, own, peer and peer.limits)
             self.verdicts[kernel, contender.name] = verdict
             say(f"gate {kernel}: {contender.name}: {verdict.text}")
 
-    def examine(self, contender: Contender, case: Case, expected: tuple) -> Verdict:
+    def examine(
+        self,
+        contender: Contender,
+        case: Case,
+        expected: tuple,
+        limits: tuple[float, float] | None = None,
+    ) -> Verdict:
         """Judges one contender."""
         try:
             worker = self.start(contender, case)
@@ -130,10 +159,11 @@ class Suite:
         finally:
             worker.close()
         grad = None if reply["grad"] is None else torch.tensor(reply["grad"])
-        verdict = judge(torch.tensor(reply["result"]), grad, expected)
+        verdict = judge(torch.tensor(reply["result"]), grad, expected, limits or LIMITS)
+        text = verdict.text if verdict.passed else f"failed the gate: {verdict.text}"
         if contender.package:
-            verdict = Verdict(verdict.passed, f"{verdict.text}; {reply['package']}")
-        return verdict if verdict.passed else Verdict(False, f"failed the gate: {verdict.text}")
+            text = f"{text}; {reply['package']}"
+        return Verdict(verdict.passed, text, tuple(reply["operators"]))
 
     def run(self, case: Case) -> None:
         """Measures a case: memory on each contender's first call, then time, interleaved."""
@@ -148,8 +178,14 @@ class Suite:
                 except Failure as failure:
                     self.refuse(contender, case, str(failure))
             self.cross_check(case, workers, firsts)
-            for mode in (FORWARD, STEP):
-                self.time(case, mode, workers, firsts)
+            if self.options.steps_only:
+                self.time(
+                    case, {name: next(iter(firsts[name])) for name in workers}, workers, firsts
+                )
+            else:
+                for mode in (FORWARD, STEP):
+                    chosen = {name: mode for name in workers if mode in firsts[name]}
+                    self.time(case, chosen, workers, firsts)
         finally:
             for worker in workers.values():
                 worker.close()
@@ -157,7 +193,9 @@ class Suite:
 
     def modes(self, contender: Contender) -> tuple[str, ...]:
         """The modes in which a contender runs, the one with more memory first."""
-        return (STEP, FORWARD) if contender.differentiable else (FORWARD,)
+        if not contender.differentiable:
+            return (FORWARD,)
+        return (STEP,) if self.options.steps_only else (STEP, FORWARD)
 
     def refuse(self, contender: Contender, case: Case, reason: str) -> None:
         """Enters a contender without figures, with the reason."""
@@ -171,10 +209,12 @@ class Suite:
         verdict = self.verdicts[case.kernel, contender.name]
         if not verdict.passed:
             raise Failure(verdict.text)
-        limit, free = self.options.max_seconds, available_memory()
-        ahead = forecast(self.known[case.label, contender.name], case.n, case.d)
-        if ahead and ahead.extra_bytes > 0.9 * free:
-            need = f"{ahead.extra_bytes / 2**30:.1f} GiB expected, {free / 2**30:.1f} GiB free"
+        limit, free = self.options.max_seconds, allowance(self.options.memory)
+        peer = loss_table.peer(case.kernel, contender.name)
+        known = self.known[case.label, contender.name]
+        ahead = forecast(known, case.n, case.d, peer.grows if peer else 2)
+        if ahead and ahead.extra_bytes > free:
+            need = f"{ahead.extra_bytes / 2**30:.1f} GiB expected, {free / 2**30:.1f} GiB allowed"
             raise Failure(f"out of memory ({need})")
         # A forecast can be a factor of two off; in doubt one call decides.
         if ahead and ahead.seconds > 2 * limit:
@@ -206,43 +246,58 @@ class Suite:
                 self.refuse(contender, case, difference)
 
     def time(
-        self, case: Case, mode: str, workers: dict[str, Worker], firsts: dict[str, dict]
+        self,
+        case: Case,
+        modes: dict[str, str],
+        workers: dict[str, Worker],
+        firsts: dict[str, dict],
     ) -> None:
-        """Times one mode of a case, contenders taking turns, and enters time and memory."""
+        """Times a mode of each contender, all taking turns, and enters time and memory."""
         blocks: dict[str, int] = {}
         calls: dict[str, int] = {}
         samples: dict[str, list[float]] = defaultdict(list)
         notes: dict[str, str] = {}
-        for name, worker in workers.items():
-            if mode in firsts[name]:
-                try:
-                    # The first call paid for cold pages; the second shows what to plan for.
-                    seconds = worker.ask("time", mode, 1)["seconds"][0]
-                    blocks[name], calls[name] = plan(seconds, self.options.budget)
-                except Failure as failure:
-                    notes[name] = str(failure)
+        for name, mode in modes.items():
+            try:
+                # The first call paid for cold pages; the second shows what to plan for, unless the
+                # call is too long for that to matter.
+                seconds = firsts[name][mode]["seconds"]
+                if seconds < LONG_SECONDS:
+                    seconds = workers[name].ask("time", mode, 1)["seconds"][0]
+                options = self.options
+                blocks[name], calls[name] = plan(seconds, options.budget, options.least)
+                if seconds > SLOW_SECONDS:
+                    # So slow that cold pages do not show: the first call is one of the three.
+                    samples[name].append(seconds)
+                    blocks[name] -= 1
+            except Failure as failure:
+                notes[name] = str(failure)
         for name in interleave(blocks):
             if name in notes:
                 continue
             time.sleep(PAUSE_SECONDS)
             try:
-                samples[name] += workers[name].ask("time", mode, calls[name])["seconds"]
+                samples[name] += workers[name].ask("time", modes[name], calls[name])["seconds"]
             except Failure as failure:
                 notes[name] = str(failure)
-        self.enter(case, mode, {n: s for n, s in samples.items() if n not in notes}, firsts)
+        self.enter(case, modes, {n: s for n, s in samples.items() if n not in notes}, firsts)
         for name, note in notes.items():
-            where = (case.label, name, mode, "time", "ms", case.n, case.d)
+            where = (case.label, name, modes[name], "time", "ms", case.n, case.d)
             self.rows.append(Row(*where, note=note))
 
     def enter(
-        self, case: Case, mode: str, samples: dict[str, list[float]], firsts: dict[str, dict]
+        self,
+        case: Case,
+        modes: dict[str, str],
+        samples: dict[str, list[float]],
+        firsts: dict[str, dict],
     ) -> None:
-        """Adds the rows of one mode."""
+        """Adds the rows of what was timed in turns."""
         mine = spread(samples[OURS]).p50 if OURS in samples else None
-        my_extra = firsts.get(OURS, {}).get(mode, {}).get("extra")
+        my_extra = firsts[OURS][modes[OURS]]["extra"] if OURS in modes else None
         share = self.settings[case].active
         for name in (name for name in firsts if name in samples):
-            seconds = samples[name]
+            seconds, mode = samples[name], modes[name]
             s = spread(seconds)
             # Forecasts start from a settled time rather than from the cold first call.
             extra = firsts[name][mode]["extra"]
@@ -252,7 +307,11 @@ class Suite:
             where = (case.label, name, mode)
             row = Row(*where, "time", "ms", case.n, case.d, s.p50 * 1e3, s.p20 * 1e3, s.p80 * 1e3)
             row.ratio_to_ours = s.p50 / mine if mine else None
-            row.note = f"{len(seconds)} calls; active share {share:.3f}"
+            row.note = f"{len(seconds)} calls"
+            if not math.isnan(share):
+                row.note += f"; active share {share:.3f}"
+            elif OURS in firsts and (said := differs(firsts[name], firsts[OURS])):
+                row.note += f"; {said}"
             self.rows.append(row)
             memory = Row(*where, "extra memory", "MiB", case.n, case.d)
             if extra is None:

@@ -6,6 +6,7 @@ side, and turns a crash or an exhausted memory into one line of the report. Proc
 stay alive together, and the parent asks one of them at a time for a block of calls.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -15,17 +16,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import Case, draw
 from bench.contenders import Contender, Loss, find
-from bench.measure import available_memory, cap_memory, extra_memory, time_calls
+from bench.measure import allowance, cap_memory, extra_memory, time_calls
 
 FORWARD, STEP = "forward", "forward+backward"
 WARM_UP_ROWS = 64
@@ -40,12 +42,14 @@ class Task:
         case: The case whose data it draws.
         margin: Margin of the loss.
         threads: Threads for PyTorch.
+        memory: Most bytes it may use; None for 90 % of what is free.
     """
 
     contender: str
     case: Case
     margin: float
     threads: int
+    memory: int | None = None
 
 
 class Failure(Exception):
@@ -100,10 +104,8 @@ def build(task: Task, contender: Contender) -> Problem:
     x, labels = draw(task.case)
     # The warm-up pages in code and starts threads; at a small size its buffers do not hide
     # what the first real call allocates. A compiled loss needs its own size.
-    warm = (
-        task.case if contender.compiled else Case("", min(WARM_UP_ROWS, task.case.n), task.case.d)
-    )
-    warm_x, warm_labels = draw(warm)
+    rows = min(max(WARM_UP_ROWS, 2 * task.case.per_class), task.case.n)
+    warm_x, warm_labels = draw(task.case if contender.compiled else replace(task.case, n=rows))
     problem = Problem(loss, warm_x.requires_grad_(contender.differentiable), warm_labels)
     modes = (FORWARD, STEP) if contender.differentiable else (FORWARD,)
     if task.case.kernel == "hardest":
@@ -115,19 +117,42 @@ def build(task: Task, contender: Contender) -> Problem:
     return Problem(loss, x.requires_grad_(STEP in modes), labels)
 
 
-def answer(problem: Problem, package: str, order: str, mode: str, count: int) -> dict:
+class Operators(TorchDispatchMode):
+    """Notes which of the package's operators are called."""
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: D105
+        if function.namespace == "flashmetric":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def values(problem: Problem, contender: Contender, mode: str) -> dict:
+    """Result and gradient for the gate."""
+    recorder = Operators()
+    # A compiled contender does not run under such a mode.
+    with contextlib.nullcontext() if contender.compiled else recorder:
+        problem.call(mode)()
+    grad = None if problem.x.grad is None else problem.x.grad.tolist()
+    names = [name for name in dict.fromkeys(recorder.names) if not name.startswith("_")]
+    reply = {"result": problem.result.tolist(), "grad": grad, "operators": names}
+    if name := contender.package:
+        reply["package"] = f"{name} {version(name)}, torch {torch.__version__}"
+    return reply
+
+
+def answer(problem: Problem, contender: Contender, order: str, mode: str, count: int) -> dict:
     """Carries out one order of the parent."""
     call = problem.call(mode)
     if order == "time":
         return {"seconds": time_calls(call, problem.reset, count)}
     problem.reset()
     if order == "values":
-        call()
-        grad = None if problem.x.grad is None else problem.x.grad.tolist()
-        reply = {"result": problem.result.tolist(), "grad": grad}
-        if package:
-            reply["package"] = f"{package} {version(package)}, torch {torch.__version__}"
-        return reply
+        return values(problem, contender, mode)
     measured = extra_memory(call)
     if measured is None:
         call()
@@ -149,7 +174,7 @@ def serve(connection: Connection, task: Task) -> None:
     os.environ.update(contender.env)
     torch.set_num_threads(task.threads)
     try:
-        cap_memory(int(0.9 * available_memory()))
+        cap_memory(allowance(task.memory))
         problem = build(task, contender)
         # The collection before each block of calls then skips the objects of loaded modules.
         gc.freeze()
@@ -158,7 +183,7 @@ def serve(connection: Connection, task: Task) -> None:
             message = connection.recv()
             if message is None:
                 return
-            connection.send(answer(problem, contender.package, *message))
+            connection.send(answer(problem, contender, *message))
     except (EOFError, KeyboardInterrupt):
         return
     except BaseException as error:
