@@ -155,7 +155,9 @@ def loop_n_pairs(x, r, chosen, *, l2=0.0, l2_power=2, negatives=(), distance="do
     return total / len(chosen)
 
 
-def loop_angular(x, r, positives, negatives, *, alpha, normalize=True, reduction="mean"):
+def loop_angular(
+    x, r, positives, negatives, *, alpha, normalize=True, form="log", reduction="mean"
+):
     """``positives`` are (anchor, positive); ``negatives[a]`` lists those of an anchor."""
     t = math.tan(alpha * math.pi / 180) ** 2
     values, count = [0.0 * x.sum() for _ in range(len(x))], 0
@@ -164,11 +166,16 @@ def loop_angular(x, r, positives, negatives, *, alpha, normalize=True, reduction
         first, second, *others = [unit(row) for row in rows] if normalize else rows
         if not others:
             continue
-        total = 1.0
+        total = 1.0 if form == "log" else 0.0 * x.sum()
+        centre = (first + second) / 2
         for n in others:
+            if form == "hinge":
+                apart, away = first - second, n - centre
+                total = total + torch.relu(dot(apart, apart) - 4 * t * dot(away, away))
+                continue
             f = 4 * t * dot(first + second, n) - 2 * (1 + t) * dot(first, second)
             total = total + torch.exp(f)
-        values[a] = values[a] + torch.log(total)
+        values[a] = values[a] + (torch.log(total) if form == "log" else total)
         count += 1
     return reduced(values, count, reduction)
 

@@ -46,6 +46,7 @@ class Loop:
         refs = x if ref_emb is None else ref_emb
         rows = [unit(row) for row in x] if normalize else list(x)
         others = [unit(row) for row in refs] if normalize else list(refs)
+        self.given = list(x)
         self.zero = (x.sum() + refs.sum()) * 0
         self.n, self.square = len(rows), ref_emb is None
         words, rule = loop_words(labels, len(rows))
@@ -122,7 +123,16 @@ def multi_similarity(
     return pairs.reduce(losses, reduction, pairs.n)
 
 
-def lifted_structure(pairs: Loop, *, neg_margin=1.0, pos_margin=0.0, max_positives=None, reduction):
+def lifted_structure(
+    pairs: Loop,
+    *,
+    neg_margin=1.0,
+    pos_margin=0.0,
+    max_positives=None,
+    l2=0.0,
+    l2_power=2,
+    reduction,
+):
     values: list[tuple[int, Tensor]] = []
     for i, found in pairs.pos.items():
         found = sorted(found, key=lambda pair: -pair[1].item())[:max_positives]
@@ -133,8 +143,21 @@ def lifted_structure(pairs: Loop, *, neg_margin=1.0, pos_margin=0.0, max_positiv
                 values.append((i, (lse + d - pos_margin).relu() ** 2 / 2))
     if reduction == "none":
         sums = [sum((v for k, v in values if k == i), pairs.zero) for i in range(pairs.n)]
-        return torch.stack(sums)
-    return pairs.reduce(dict(enumerate(v for _, v in values)), reduction)
+        sizes = {i: l2 * size for i, size in row_sizes(pairs, l2_power).items()}
+        return torch.stack([value + sizes.get(i, 0) for i, value in enumerate(sums)])
+    loss = pairs.reduce(dict(enumerate(v for _, v in values)), reduction)
+    kind = "sum" if reduction == "sum" else "mean"
+    return loss + l2 * pairs.reduce(row_sizes(pairs, l2_power), kind)
+
+
+def row_sizes(pairs: Loop, power: int) -> dict[int, Tensor]:
+    """Lengths of the rows in any pair, or their squares, of the rows as they came."""
+    found = {}
+    for i in range(pairs.n):
+        if pairs.pos[i] or pairs.neg[i]:
+            squared = sum((value**2 for value in pairs.given[i]), pairs.zero)
+            found[i] = squared if power == 2 else squared.sqrt() if squared > 0 else squared
+    return found
 
 
 def both(pairs: Loop):

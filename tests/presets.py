@@ -13,7 +13,7 @@ from flashmetric import functional, reference
 SUBJECTS = ("reference", "functional", "module")
 
 TRIPLET = {
-    "pml": {"margin": 0.05, "normalize": True, "reduction": "mean_nonzero"},
+    "pml_batch_hard": {"margin": 0.05, "normalize": True, "reduction": "mean_nonzero"},
     "sentence_transformers": {"margin": 5.0, "empty": "keep"},
     "tensorflow_addons": {"margin": 1.0, "empty": "keep"},
 }

@@ -145,25 +145,73 @@ def test_siglip_of_two_towers() -> None:
     torch.testing.assert_close(sum(halves) / 7, F.siglip_loss(images, ref_emb=texts))
 
 
-def test_siglip_needs_two_towers_of_one_size() -> None:
+def test_siglip_needs_two_towers() -> None:
     x = make_rows(4, 3)
-    with pytest.raises(ValueError, match="ref_emb, the other tower, must be given unless labels"):
+    with pytest.raises(ValueError, match="ref_emb, .*must be given unless labels"):
         F.siglip_loss(x)
-    with pytest.raises(ValueError, match="ref_emb must have as many rows .* 4; got 3"):
+    with pytest.raises(ValueError, match="ref_emb must have a row for each of .* 4, .*; got 3"):
         F.siglip_loss(x, ref_emb=x[:3])
-    with pytest.raises(ValueError, match="ref_labels must come with labels"):
+    with pytest.raises(ValueError, match="labels must be given with ref_labels; got None"):
         F.siglip_loss(x, ref_emb=x, ref_labels=torch.arange(4))
     with pytest.raises(TypeError, match="ref_emb must be a tensor"):
         F.siglip_loss(x, ref_emb=[1])
 
 
-def test_verification_of_labelled_pairs_ignores_negative_weights() -> None:
-    x, labels = make_rows(8, 3), make_labels(8, 3)
-    weight = torch.tensor([1.0, -0.7, 0.3], requires_grad=True)
-    loss = F.verification_loss(x, labels, weight=weight)
-    loss.backward()
-    assert weight.grad is not None and weight.grad[1] == 0 and weight.grad[0] and weight.grad[2]
-    assert loss.equal(F.verification_loss(x, labels, weight=weight.clamp(min=0)))
+def test_siglip_with_rows_that_belong_to_none() -> None:
+    images, texts = make_rows(4, 3).detach(), make_rows(7, 3).detach()
+
+    def theirs(images: Tensor, texts: Tensor) -> Tensor:
+        unit = torch.nn.functional.normalize
+        z = 10 * unit(images) @ unit(texts).T - 10
+        sign = 2 * torch.eye(4, 7, dtype=z.dtype) - 1
+        return -torch.nn.functional.logsigmoid(sign * z).sum() / 4
+
+    assert_same(
+        value_and_grads(lambda x, r: F.siglip_loss(x, ref_emb=r), images, texts),
+        value_and_grads(theirs, images, texts),
+    )
+
+
+@pytest.mark.parametrize("distance", ["cityblock", "chi2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verification_weights_below_0_come_back(distance: str, dtype: torch.dtype) -> None:
+    x, labels = make_rows(8, 5).detach().abs().to(dtype), make_labels(8, 3)
+    # Of the class, and of nothing: the first feature should weigh more, the second less.
+    x[:, 1], x[:, 2] = labels, labels.flip(0) * 3.0
+    weight = torch.tensor([1.0, -0.7, -0.2, 0.3, 0.0], dtype=dtype)
+    ours = value_and_grads(
+        lambda weight: F.verification_loss(x, labels, weight=weight, distance=distance), weight
+    )
+
+    def theirs(weight: Tensor) -> Tensor:
+        difference = x[:, None] - x
+        total = x[:, None] + x
+        chi2 = difference.square() / total.masked_fill(total == 0, 1)
+        features = difference.abs() if distance == "cityblock" else chi2
+        same = (labels[:, None] == labels).to(dtype)
+        each = torch.nn.functional.binary_cross_entropy_with_logits(
+            -(features * weight).sum(2), same, reduction="none"
+        )
+        return each[~torch.eye(8, dtype=torch.bool)].mean()
+
+    value, grad = value_and_grads(theirs, weight.clamp(min=0))
+    assert grad[1] < 0
+    grad[(weight <= 0) & (grad > 0)] = 0
+    torch.testing.assert_close(ours[0], value)
+    torch.testing.assert_close(ours[1], grad)
+
+
+def test_a_verification_weight_of_0_gets_a_gradient_from_listed_pairs() -> None:
+    x, labels = make_rows(6, 2), make_labels(6, 2)
+    a1, p = ((labels[:, None] == labels) & ~torch.eye(6, dtype=torch.bool)).nonzero().unbind(1)
+    a2, n = (labels[:, None] != labels).nonzero().unbind(1)
+    grads = []
+    for zero in (0.0, 1e-9):
+        weight = torch.tensor([1.0, zero], dtype=torch.float64, requires_grad=True)
+        F.verification_loss(x, indices_tuple=(a1, p, a2, n), weight=weight).backward()
+        grads.append(weight.grad)
+    assert grads[0] is not None and grads[0][1] != 0
+    torch.testing.assert_close(*grads)
 
 
 def test_margin_per_class() -> None:
@@ -214,7 +262,7 @@ def test_margin_learns_its_boundary() -> None:
         loss(x, labels).backward()
         assert loss.beta.grad is not None and loss.beta.grad.all()
         assert list(loss.state_dict()) == ["beta"]
-    assert not MarginLoss(beta=0.9).state_dict() and MarginLoss(num_classes=4).beta == 1.2
+    assert not MarginLoss(beta=0.9).state_dict() and MarginLoss().beta == 1.2
     # Every active negative pushes beta down, every active positive up, over their number.
     d = torch.cdist(*[torch.nn.functional.normalize(x)] * 2)
     equal = labels[:, None] == labels

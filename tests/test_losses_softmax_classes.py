@@ -161,6 +161,15 @@ def test_n_pairs_presets():
         preset("unknown")
 
 
+ANGULAR = [
+    {},
+    {"alpha": 30},
+    {"normalize": False},
+    {"form": "hinge", "alpha": 20},
+    {"form": "hinge", "alpha": 15, "normalize": False},
+]
+
+
 def angular_lists(labels, ref_labels=None):
     pos, neg = pairs_of_kinds(kinds_of_labels(labels, ref_labels))
     return [(a, p) for a, partners in enumerate(pos) for p in partners], neg
@@ -168,7 +177,7 @@ def angular_lists(labels, ref_labels=None):
 
 @pytest.mark.parametrize("refs", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, {"alpha": 30}, {"normalize": False}])
+@pytest.mark.parametrize("options", ANGULAR)
 @pytest.mark.parametrize("max_positives", [None, 5])
 def test_angular(refs, reduction, options, max_positives):
     x, r = 0.5 * make_rows(9, 4), 0.5 * make_rows(7, 4)

@@ -18,7 +18,7 @@ LOSSES = [
     *(TripletMarginLoss(mining="batch_all", type_of_triplets=kind) for kind in TYPES),
     *(TripletMarginLoss(mining="batch_all", **form) for form in FORMS),
     TripletMarginLoss.preset("tubui_scaled_anchor"),
-    TripletMarginLoss.preset("pml", mining="batch_all"),
+    TripletMarginLoss.preset("pml"),
     TripletRatioLoss(),
     TripletRatioLoss(mining="semi_hard"),
     TripletQuotientLoss(),

@@ -120,7 +120,7 @@ def test_pml_all_triplets(smooth: bool, n: int) -> None:
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     x, labels = labelled_rows(n, 6, 4)
     labels[0] = 77
-    ours = TripletMarginLoss.preset("pml", mining="batch_all", smooth=smooth)
+    ours = TripletMarginLoss.preset("pml", smooth=smooth)
     theirs = losses.TripletMarginLoss(smooth_loss=smooth)
     assert_same(
         value_and_grads(lambda x: ours(x, labels), x),
@@ -148,7 +148,6 @@ def test_pml_types_of_triplets(type_of_triplets: str) -> None:
         ours = TripletMarginLoss.preset(
             "pml",
             margin=0.2,
-            mining="batch_all",
             type_of_triplets=type_of_triplets,
             reduction=reduction,
         )
@@ -179,7 +178,7 @@ class TestDisagreements:
         # "all" is all violating triplets for the miner, and all there are for this loss: a mean
         # over them differs, a mean over those with a loss does not.
         x, labels = labelled_rows(24, 6, 4)
-        options = {"margin": 0.2, "mining": "batch_all", "reduction": "mean"}
+        options = {"margin": 0.2, "reduction": "mean"}
         ours = TripletMarginLoss.preset("pml", **options)(x, labels)
         mined = miners.TripletMarginMiner(0.2)(x, labels)
         theirs = losses.TripletMarginLoss(0.2, reducer=reducers.MeanReducer())

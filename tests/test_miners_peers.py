@@ -141,9 +141,7 @@ def test_their_losses_take_our_indices_and_ours_theirs() -> None:
     theirs = losses.TripletMarginLoss(margin=0.2)(x, labels, indices)
     mine = TripletMarginLoss.preset("pml", margin=0.2)(x, indices_tuple=indices)
     torch.testing.assert_close(mine, theirs)
-    fused = TripletMarginLoss.preset(
-        "pml", margin=0.2, mining="batch_all", type_of_triplets="semihard"
-    )
+    fused = TripletMarginLoss.preset("pml", margin=0.2, type_of_triplets="semihard")
     torch.testing.assert_close(fused(x, labels), theirs)
 
 

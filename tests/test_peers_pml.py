@@ -34,7 +34,7 @@ def test_batch_hard_triplet(subject, margin, smooth, dtype, n):
     x, labels = labelled_rows(n, 6, 4, dtype)
     labels[0] = 77  # an anchor without a positive
     changed = {"margin": margin, "smooth": smooth} if margin != 0.05 or smooth else {}
-    ours = triplet(subject, "pml", **changed)
+    ours = triplet(subject, "pml_batch_hard", **changed)
     theirs = losses.TripletMarginLoss(margin=margin, smooth_loss=smooth)
     assert_same(
         value_and_grads(lambda x: ours(x, labels), x),
@@ -73,7 +73,7 @@ def test_references(subject, dtype):
         indices = miner(x, labels, ref_emb, ref_labels)
         return theirs(x, labels, indices, ref_emb=ref_emb, ref_labels=ref_labels)
 
-    ours = triplet(subject, "pml")
+    ours = triplet(subject, "pml_batch_hard")
     assert_same(
         value_and_grads(lambda x, r: ours(x, labels, ref_emb=r, **where), x, ref_emb),
         value_and_grads(peer, x, ref_emb),
@@ -105,9 +105,9 @@ def test_indices_of_its_miners(subject, miner, with_ref):
     rows = (x, ref_emb) if with_ref else (x,)
 
     for ours, theirs in (
-        (triplet(subject, "pml"), losses.TripletMarginLoss()),
+        (triplet(subject, "pml_batch_hard"), losses.TripletMarginLoss()),
         (
-            triplet(subject, "pml", margin=0.2, smooth=True),
+            triplet(subject, "pml_batch_hard", margin=0.2, smooth=True),
             losses.TripletMarginLoss(0.2, False, True),
         ),
         (contrastive(subject, "pml"), losses.ContrastiveLoss()),
@@ -126,7 +126,7 @@ def test_all_triplets_of_the_peer(subject):
     x, labels = labelled_rows(12, 5, 4)
     indices = loss_and_miner_utils.get_all_triplets_indices(labels)
     assert_same(
-        value_and_grads(lambda x: triplet(subject, "pml")(x, indices_tuple=indices), x),
+        value_and_grads(lambda x: triplet(subject, "pml_batch_hard")(x, indices_tuple=indices), x),
         value_and_grads(lambda x: losses.TripletMarginLoss()(x, labels), x),
     )
 
@@ -135,7 +135,7 @@ def test_all_triplets_of_the_peer(subject):
 def test_swap_with_given_triplets(subject, smooth):
     x, labels = labelled_rows(12, 5, 4)
     indices = loss_and_miner_utils.get_all_triplets_indices(labels)
-    ours = triplet(subject, "pml", swap=True, smooth=smooth)
+    ours = triplet(subject, "pml_batch_hard", swap=True, smooth=smooth)
     theirs = losses.TripletMarginLoss(swap=True, smooth_loss=smooth)
     assert_same(
         value_and_grads(lambda x: ours(x, indices_tuple=indices), x),
@@ -150,7 +150,7 @@ def test_degenerate_batches(subject, labels):
     labels = torch.tensor(labels)
     x, _ = labelled_rows(len(labels), 4, 1)
     theirs = mined(losses.TripletMarginLoss(), miners.BatchHardMiner(), labels)
-    ours = value_and_grads(lambda x: triplet(subject, "pml")(x, labels), x)
+    ours = value_and_grads(lambda x: triplet(subject, "pml_batch_hard")(x, labels), x)
     assert not any(part.any() for part in ours)
     assert_same(ours, value_and_grads(theirs, x))
     assert_same(
@@ -163,7 +163,8 @@ def test_collapsed_batch(subject):
     x, labels = torch.ones(8, 4, dtype=torch.float64), torch.arange(8) % 2
     theirs = mined(losses.TripletMarginLoss(), miners.BatchHardMiner(), labels)
     assert_same(
-        value_and_grads(lambda x: triplet(subject, "pml")(x, labels), x), value_and_grads(theirs, x)
+        value_and_grads(lambda x: triplet(subject, "pml_batch_hard")(x, labels), x),
+        value_and_grads(theirs, x),
     )
 
 
@@ -187,7 +188,7 @@ class TestDisagreements:
         for peer in (losses.TripletMarginLoss(), losses.ContrastiveLoss()):
             value, grad = value_and_grads(lambda x, peer=peer: peer(x, labels), x)
             assert value.isfinite() and grad.isnan().any()
-        assert triplet(subject, "pml")(x, labels).isnan()
+        assert triplet(subject, "pml_batch_hard")(x, labels).isnan()
         assert contrastive(subject, "pml")(x, labels).isnan()
 
     def test_swap_with_references(self, subject):
@@ -199,14 +200,14 @@ class TestDisagreements:
             theirs(x, None, indices, ref_emb, torch.arange(8))
         everything = torch.cat([x, ref_emb])
         a, p, n = indices
-        ours = triplet(subject, "pml", swap=True, margin=1.0)
+        ours = triplet(subject, "pml_batch_hard", swap=True, margin=1.0)
         value = ours(x, ref_emb=ref_emb, indices_tuple=indices)
         torch.testing.assert_close(value, theirs(everything, None, (a, p + 3, n + 3)))
 
     def test_swap_at_a_tie(self, subject):
         x = torch.tensor([[0.0], [2.0], [1.0]], dtype=torch.float64)
         indices = tuple(torch.tensor([i]) for i in range(3))
-        ours = triplet(subject, "pml", swap=True, normalize=False)
+        ours = triplet(subject, "pml_batch_hard", swap=True, normalize=False)
         raw = distances.LpDistance(normalize_embeddings=False)
         theirs = losses.TripletMarginLoss(swap=True, distance=raw)
         value, grad = value_and_grads(lambda x: ours(x, indices_tuple=indices), x)
@@ -220,7 +221,7 @@ class TestDisagreements:
         x, labels = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.int64)
         with pytest.raises(IndexError):
             miners.BatchHardMiner()(x, labels)
-        assert triplet(subject, "pml")(x, labels).item() == 0.0
+        assert triplet(subject, "pml_batch_hard")(x, labels).item() == 0.0
 
     def test_self_pairs_of_references(self, subject):
         x, labels = labelled_rows(10, 4, 3)

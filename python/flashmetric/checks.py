@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashmetric.indices import PairIndices, TripletIndices
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import DISTANCES
 from flashmetric.ops.labels import IGNORED
@@ -31,8 +32,12 @@ class Batch(NamedTuple):
     """How labels are compared, see :mod:`flashmetric.ops.labels`."""
 
 
+LARGEST_NUMBER = 1e18
+"""Largest hyper-parameter. A product of two such is still a float32, as is one over any."""
+
+
 def check_number(name: str, value: object) -> None:
-    """Raise unless ``value`` is a real number that a float can hold, NumPy's scalars included."""
+    """Raise unless ``value`` is a real number of a size to compute with; NumPy's scalars are."""
     if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not isinstance(value, (int, float)):
@@ -41,6 +46,8 @@ def check_number(name: str, value: object) -> None:
     # A comparison, because math.isfinite() does not take the symbolic numbers of torch.compile.
     if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
+    if not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise ValueError(f"{name} must be at most {LARGEST_NUMBER:g} in magnitude, got {value}")
 
 
 def check_positive(name: str, value: object) -> None:
@@ -48,6 +55,8 @@ def check_positive(name: str, value: object) -> None:
     check_number(name, value)
     if not value > 0:  # type: ignore[operator]
         raise ValueError(f"{name} must be above 0, got {value}")
+    if value < 1 / LARGEST_NUMBER:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least {1 / LARGEST_NUMBER:g}, got {value}")
 
 
 def check_parameter(name: str, value: object) -> None:
@@ -59,6 +68,36 @@ def check_parameter(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {_short(value.dtype)}")
     if value.ndim:
         raise ValueError(f"{name} must be a number, got shape {tuple(value.shape)}")
+
+
+def check_positive_parameter(name: str, value: object) -> None:
+    """Raise unless ``value`` is a number above 0, or a tensor of one.
+
+    On CUDA the device checks it, and nobody waits. A learned number that has become NaN passes: it
+    shows in the loss.
+    """
+    check_parameter(name, value)
+    if not isinstance(value, Tensor):
+        check_positive(name, value)
+    elif value.device.type == "cuda":
+        torch._assert_async(~(value.detach() <= 0), f"{name} must be above 0")
+    elif value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value <= 0):
+        raise ValueError(f"{name} must be above 0, got {value.item()}")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raise unless ``value`` is a number from 0 on, or a tensor of such; CUDA does not wait."""
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        if value < 0:  # type: ignore[operator]
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    elif not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_short(value.dtype)}")
+    elif value.device.type == "cuda":
+        torch._assert_async((value.detach() >= 0).all(), f"{name} must be at least 0")
+    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool((value >= 0).all()):
+            raise ValueError(f"{name} must be at least 0, got {value.min().item()}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -135,7 +174,13 @@ def check_batch(
 def check_indices(
     indices_tuple: tuple[Tensor, ...], embeddings: Tensor, ref_emb: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Raise unless ``indices_tuple`` is (anchors, positives, negatives) or (a1, p, a2, n)."""
+    """Raise unless ``indices_tuple`` is (anchors, positives, negatives) or (a1, p, a2, n).
+
+    Of a result of fixed size, positives and negatives that are not valid come back as -1, which
+    stands for no row, and their anchors as 0.
+    """
+    if isinstance(indices_tuple, (TripletIndices, PairIndices)):
+        return _check_fixed_size(indices_tuple, embeddings, ref_emb)
     if not isinstance(indices_tuple, (tuple, list)):
         raise TypeError(
             f"indices_tuple must be a tuple of tensors, got {type(indices_tuple).__name__}"
@@ -156,6 +201,34 @@ def check_indices(
                 f"{len(indices_tuple[first])}; got {len(indices_tuple[second])}"
             )
     return tuple(indices_tuple)
+
+
+def _check_fixed_size(
+    found: TripletIndices | PairIndices, embeddings: Tensor, ref_emb: Tensor | None
+) -> TripletIndices | PairIndices:
+    refs = embeddings if ref_emb is None else ref_emb
+    masks: dict[str, tuple[int, ...]] = {"valid": (0, 1, 2)}
+    if isinstance(found, PairIndices):
+        masks = {"positive_valid": (0, 1), "negative_valid": (2, 3)}
+    checked: list[Tensor] = []
+    for mask_name, positions in masks.items():
+        mask = getattr(found, mask_name)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"indices_tuple.{mask_name} must be a bool tensor")
+        for position in positions:
+            name, index = f"indices_tuple.{found._fields[position]}", found[position]
+            anchors = found._fields[position].endswith("anchors")
+            rows, nothing = (embeddings, 0) if anchors else (refs, -1)
+            if isinstance(index, Tensor) and index.shape != mask.shape:
+                raise ValueError(
+                    f"{name} must be as long as its mask, {tuple(mask.shape)}; "
+                    f"got {tuple(index.shape)}"
+                )
+            if isinstance(index, Tensor) and index.dtype == torch.int64:
+                index = index.masked_fill(~mask, nothing)
+            _check_index(name, index, rows.shape[0], embeddings.device, nothing)
+            checked.append(index)
+    return type(found)(*checked, *found[len(checked) :])
 
 
 def check_rows(name: str, rows: object) -> None:
@@ -195,9 +268,11 @@ def _check_labels(name: str, labels: object, rows_name: str, rows: Tensor) -> tu
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.ndim != 1 or labels.shape[0] != rows.shape[0]:
+        rows_given = labels.ndim == 2 and labels.is_floating_point()
+        hint = ", rows to compare with are ref_emb" if rows_given else ""
         raise ValueError(
             f"{name} must have shape [{rows.shape[0]}], one label per row of {rows_name}; "
-            f"got {tuple(labels.shape)}"
+            f"got {tuple(labels.shape)}{hint}"
         )
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name} must be int64, int32 or bool, got {_short(labels.dtype)}")
@@ -205,7 +280,9 @@ def _check_labels(name: str, labels: object, rows_name: str, rows: Tensor) -> tu
     return labels if labels.dtype == torch.int64 else labels.long(), "equal"
 
 
-def _check_index(name: str, index: object, rows: int, device: torch.device) -> None:
+def _check_index(
+    name: str, index: object, rows: int, device: torch.device, lowest: int = 0
+) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(index).__name__}")
     if index.ndim != 1:
@@ -216,7 +293,7 @@ def _check_index(name: str, index: object, rows: int, device: torch.device) -> N
     if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
         return
     low, high = (int(bound) for bound in index.aminmax())
-    if low < 0 or high >= rows:
+    if low < lowest or high >= rows:
         raise ValueError(f"{name} must hold row numbers from 0 to {rows - 1}, got {low} to {high}")
 
 

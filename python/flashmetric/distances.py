@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flashmetric.checks import check_number
+from flashmetric.checks import check_positive
+from flashmetric.ops.distance import accumulate_dtype, full_precision
 
 __all__ = [
     "RBF",
@@ -46,6 +47,13 @@ class Metric(nn.Module):
     forward: Callable[..., Tensor] = rows
 
 
+@full_precision
+def _product(x: Tensor, factor: Tensor) -> Tensor:
+    """``x @ factor.T`` as precise as the distances that follow: half precision is widened once."""
+    dtype = accumulate_dtype(x.dtype)
+    return torch.nn.functional.linear(x.to(dtype), factor.to(dtype))
+
+
 class RBF(Metric):
     r"""Distance 1 - K of the radial basis function kernel.
 
@@ -63,9 +71,7 @@ class RBF(Metric):
     def __init__(self, sigma: float = 1.0) -> None:
         """Check and store the width."""
         super().__init__()
-        check_number("sigma", sigma)
-        if sigma <= 0:
-            raise ValueError(f"sigma must be above 0, got {sigma}")
+        check_positive("sigma", sigma)
         self.sigma = float(sigma)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -158,7 +164,7 @@ class Mahalanobis(Metric):
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows in the coordinates in which the covariance is the identity."""
-        return torch.nn.functional.linear(x, self.factor.to(x.dtype))
+        return _product(x, self.factor)
 
 
 class LearnedMahalanobis(Metric):
@@ -180,7 +186,7 @@ class LearnedMahalanobis(Metric):
 
     def rows(self, x: Tensor) -> Tensor:
         """L x."""
-        return torch.nn.functional.linear(x, self.factor.to(x.dtype))
+        return _product(x, self.factor)
 
 
 class _Weighted(Metric):

@@ -4,6 +4,9 @@
 Plain labels are a tensor [N]: rows of equal labels are positives of each other, all others
 negatives. Wherever a loss or a miner takes ``labels`` or ``ref_labels``, it also takes what the
 functions here return.
+
+One number is reserved: a row labelled -2**63, the least int64, is in no pair, in plain labels too.
+That is how :func:`ignoring` marks rows, and what no class should be called.
 """
 
 from typing import Literal, NamedTuple
@@ -34,21 +37,26 @@ class Labels(NamedTuple):
         return self.words.shape[0]
 
 
-def ignoring(labels: Tensor, value: int = -1) -> Labels:
+def ignoring(labels: Tensor | Labels, value: int = -1, *, rows: Tensor | None = None) -> Labels:
     """Leave rows of one label, such as unlabelled ones, out of every pair.
 
     Equivalent to dropping these rows from the batch, without waiting for the device to count them.
 
     Args:
-        labels: class of each row, shape [N], int64 or int32.
-        value: the label to ignore. Default: -1.
+        labels: class of each row, shape [N], int64 or int32; or what the functions here return.
+        value: the class to ignore, of :func:`two_level` labels in any group. Default: -1. Not
+            looked at if ``rows`` are given.
+        rows: which rows to ignore, bool, shape [N], in place of a class. Labels of several classes
+            per row need it.
 
     Returns:
-        Labels for any loss or miner of this package.
+        Labels for any loss or miner of this package. :func:`two_level` takes those of plain classes
+        as its classes.
 
     Raises:
-        TypeError: ``labels`` is no integer tensor, or ``value`` no integer.
-        ValueError: ``labels`` has not one dimension.
+        TypeError: ``labels`` is no integer tensor, ``value`` no integer, or ``rows`` not bool.
+        ValueError: ``labels`` has not one dimension, ``rows`` has another shape, or labels of
+            several classes per row come without ``rows``.
 
     Example:
         >>> import torch
@@ -58,10 +66,25 @@ def ignoring(labels: Tensor, value: int = -1) -> Labels:
         >>> ContrastiveLoss()(x, ignoring(torch.tensor([4, 4, -1]))).item()
         0.5
     """
-    _check_integers("labels", labels, 1)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"value must be an integer, got {type(value).__name__}")
-    return Labels(labels.long().masked_fill(labels == value, IGNORED), "equal")
+    words, rule = _words_and_rule("labels", labels)
+    first = words if words.ndim == 1 else words[:, 0]
+    if rows is None:
+        if words.ndim > 1 and not rule.startswith("group"):
+            raise ValueError("rows must be given for labels of several classes per row; got None")
+        rows = first == value
+    elif not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+        raise TypeError("rows must be a bool tensor")
+    elif rows.shape != first.shape:
+        raise ValueError(
+            f"rows must have shape {tuple(first.shape)}, one flag per row of labels; "
+            f"got {tuple(rows.shape)}"
+        )
+    if words.ndim > 1:
+        # The first word says it; those of the rule stay where they are.
+        rows = rows.unsqueeze(1) & (torch.arange(words.shape[1], device=words.device) == 0)
+    return Labels(words.masked_fill(rows, IGNORED), rule)
 
 
 def multi_hot(classes: Tensor, match: Literal["any", "all"] = "any") -> Labels:
@@ -105,12 +128,16 @@ def multi_hot(classes: Tensor, match: Literal["any", "all"] = "any") -> Labels:
 
 
 def two_level(
-    classes: Tensor, groups: Tensor, *, positives: Groups = "any", negatives: Groups = "any"
+    classes: Tensor | Labels,
+    groups: Tensor,
+    *,
+    positives: Groups = "any",
+    negatives: Groups = "any",
 ) -> Labels:
     """Classes, and groups that restrict which pairs count: cameras, domains, super-classes.
 
     Args:
-        classes: class of each row, shape [N], int64 or int32.
+        classes: class of each row, shape [N], int64 or int32, or :func:`ignoring` of those.
         groups: group of each row, shape [N], int64 or int32.
         positives: rows of one class are positives in ``"any"`` groups (default), only in the
             ``"same"``, or only in ``"different"`` groups (one person, two cameras).
@@ -135,18 +162,29 @@ def two_level(
         >>> ContrastiveLoss(reduction="sum")(x, labels).item()
         18.0
     """
-    _check_integers("classes", classes, 1)
+    numbers, rule = _words_and_rule("classes", classes)
+    if rule != "equal" or numbers.ndim != 1:
+        raise ValueError(f"classes must be one class per row, got labels of rule {rule!r}")
     _check_integers("groups", groups, 1)
-    if classes.shape != groups.shape:
+    if numbers.shape != groups.shape:
         raise ValueError(
-            f"groups must have the shape of classes, {tuple(classes.shape)}; "
+            f"groups must have the shape of classes, {tuple(numbers.shape)}; "
             f"got {tuple(groups.shape)}"
         )
     for name, value in (("positives", positives), ("negatives", negatives)):
         if value not in _LETTER:
             raise ValueError(f"{name} must be one of 'any', 'same', 'different'; got {value!r}")
-    words = torch.stack((classes.long(), groups.long()), 1)
+    words = torch.stack((numbers, groups.long()), 1)
     return Labels(words, f"group:{_LETTER[positives]}{_LETTER[negatives]}")
+
+
+def _words_and_rule(name: str, labels: object) -> Labels:
+    """Plain labels as :class:`Labels`, and those as they are."""
+    if isinstance(labels, Labels):
+        return labels
+    _check_integers(name, labels, 1)
+    assert isinstance(labels, Tensor)
+    return Labels(labels.long(), "equal")
 
 
 def _check_integers(name: str, labels: object, dimensions: int) -> None:

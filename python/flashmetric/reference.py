@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashmetric.functional.dense_pairs import dense
+from flashmetric.indices import PairIndices, TripletIndices
 
 Distance = Literal["euclidean", "sqeuclidean", "cosine", "dot"]
 TripletReduction = Literal["mean", "mean_nonzero", "sum", "none"]
@@ -311,6 +312,8 @@ def _batch_hard(
 
 
 def _as_triplets(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(indices, (TripletIndices, PairIndices)):
+        indices = indices.indices()
     if len(indices) == 3:
         anchor, positive, negative = indices
         return anchor, positive, negative
@@ -320,6 +323,8 @@ def _as_triplets(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _as_pairs(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if isinstance(indices, (TripletIndices, PairIndices)):
+        indices = indices.indices()
     if len(indices) == 3:
         anchor, positive, negative = indices
         return anchor, positive, anchor, negative

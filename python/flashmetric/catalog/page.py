@@ -29,8 +29,8 @@ _LABELS = """\
 
 | labels | positives | negatives |
 |---|---|---|
-| tensor [N] | equal labels | all others |
-| `flashmetric.labels.ignoring(labels, -1)` | the same, without the rows of that label | the same |
+| tensor [N]; -2**63 is reserved, for rows in no pair | equal labels | all others |
+| `flashmetric.labels.ignoring(labels, -1)`, of any of these `ignoring(labels, rows=mask)` | the same, without the rows of that label | the same |
 | `flashmetric.labels.multi_hot(classes)` | some class in common (`match="all"`: all) | all others |
 | `flashmetric.labels.two_level(classes, groups, positives=..., negatives=...)` | same class, and any, the same or different groups | other class, likewise |
 """
@@ -58,7 +58,9 @@ _MINERS = """\
 
 `flashmetric.miners` choose pairs or triplets without gradients, for any loss here or in
 pytorch-metric-learning: `loss(x, labels, indices_tuple=miner(x, labels))`. With `fixed_size=True` the result has
-a shape that does not depend on the data and a mask of what is valid, and nothing waits for the device.
+a shape that does not depend on the data and a mask of what is valid, and nothing waits for the device; every loss
+takes it as it is, and leaves out what is not valid. A row that is not finite counts as the hardest, and so
+makes the loss NaN. `anchor_scale` multiplies the anchors, as in the losses that have it.
 Distances are Euclidean between unit rows by default, as in pytorch-metric-learning, unless noted.
 
 | miner | returns | chooses | rows |
@@ -75,6 +77,17 @@ Distances are Euclidean between unit rows by default, as in pytorch-metric-learn
 | `FrackingMiner` | pairs | the hardest 1 / r of both; rows as they are | A10 |
 | `ClusterNegativeMiner` | pairs | the nearest negatives, at most one of each class or cluster | A15 |
 | `RandomTripletMiner` | triplets | random positives and negatives | A1 |
+
+The hardest negatives of an untrained network make it collapse. The usual schedule (I12, A7): random triplets for
+the first epochs, then those whose negative is about as far as the positive, with a margin that grows:
+
+| epochs | miner or loss |
+|---|---|
+| the first few | `RandomTripletMiner()` |
+| then | `MarginViolationMiner(margin, violation="absolute")`, or `TripletMarginLoss(margin, mining="semi_hard")` |
+| last | `TripletMarginLoss(margin, mining="batch_hard")` |
+
+`margin`, like all hyper-parameters, is a plain attribute: assign `loss.margin = start + step * epoch`.
 """
 
 _OWN = """\

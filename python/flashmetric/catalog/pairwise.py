@@ -12,7 +12,8 @@ ENTRIES: tuple[Entry, ...] = (
         title="Contrastive",
         formula="+: scale (d - m+)₊^power; -: scale (m- - d)₊^power",
         defaults=(
-            "`pos_margin` 0, `neg_margin` 1, `power` 1, `scale` 1, `distance` euclidean. Presets "
+            "`pos_margin` 0, `neg_margin` 1, `power` 1, `scale` 1, `distance` euclidean; weights of "
+            "positive pairs (B5) as `loss(x, labels, pos_weight=...)`. Presets "
             "`pml`, `sentence_transformers`, `tensorflow_addons`, `hadsell`, `caffe_legacy`, "
             "`tum`, `carlevaris`, `fracking`, `hoffer`, `deepid2`, `deepid2_l1`, `radenovic`"
         ),
@@ -212,7 +213,8 @@ ENTRIES: tuple[Entry, ...] = (
         rows="SigLIP",
         title="Sigmoid loss of two towers",
         formula="log(1 + exp(-y (t s + b))), t = exp(t'), y = ±1",
-        defaults="`scale` t 10 and `bias` -10 at first, t' and b learned; positives by position",
+        defaults="`scale` t 10 and `bias` -10 at first, t' and b learned; positives by position, "
+        "M >= N",
         source="Zhai et al., ICCV 2023; open_clip",
         statistic="pair sums",
         reduction="anchors (the sum over all pairs, over N)",

@@ -35,7 +35,7 @@ ENTRIES: tuple[Entry, ...] = (
         rows="F9",
         title="InfoNCE",
         formula="-log(exp(s_ap / T) / (exp(s_ap / T) + Σ_n exp(s_an / T)))",
-        defaults="`temperature` 0.07 (may be learned), `distance` cosine",
+        defaults="`temperature` 0.07 (learned as a `LearnedTemperature`), `distance` cosine",
         source="van den Oord, Li, Vinyals, 2018",
         statistic="log-sum-exp",
         reduction="positive pairs",
@@ -51,7 +51,7 @@ ENTRIES: tuple[Entry, ...] = (
         rows="F9",
         title="NT-Xent",
         formula="-log(exp(s_ap / T) / (exp(s_ap / T) + Σ_n exp(s_an / T)))",
-        defaults="`temperature` 0.07 (may be learned), `distance` cosine",
+        defaults="`temperature` 0.07 (learned as a `LearnedTemperature`), `distance` cosine",
         source="Chen et al., ICML 2020; labels as in pytorch-metric-learning",
         statistic="log-sum-exp",
         reduction="positive pairs",
@@ -120,7 +120,8 @@ ENTRIES: tuple[Entry, ...] = (
         title="Angular",
         formula="log(1 + Σ_n exp(4 tan²α (a + p)·n - 2 (1 + tan²α) a·p))",
         defaults=(
-            "`alpha` 45 (degrees), `n_pairs_lambda` None, `normalize` True, `max_positives` None. "
+            "`alpha` 45 (degrees), `n_pairs_lambda` None, `normalize` True, `max_positives` None, "
+            "`form` log (or hinge). "
             "Presets `pml` (`alpha` 40), `rdml` (on top of N-pairs, times 2)"
         ),
         source="Wang et al., ICCV 2017",
@@ -129,7 +130,7 @@ ENTRIES: tuple[Entry, ...] = (
         complexity="with Q positive pairs, Q M D forward, 3 Q M D backward; O((N + M + Q) D)",
         disagreements=(
             "pytorch-metric-learning normalises anchors and positives but not negatives; all rows "
-            "are normalised here, and both agree on unit rows. The slide's form is a hinge on "
+            "are normalised here, and both agree on unit rows. The slide's form, `hinge`, is one of "
             "|a - p|² - 4 tan²α |n - (a + p)/2|², of which this is the paper's smooth version. "
             "RDML draws one positive and one negative per class; here every pair meets all "
             "negatives"

@@ -39,7 +39,8 @@ ENTRIES: tuple[Entry, ...] = (
             "J_ij² / 2 of J_ij = (log(Σ_N(i) exp(m- - d_ik) + Σ_N(j) exp(m- - d_jk)) + d_ij - m+)₊"
         ),
         defaults=(
-            "`neg_margin` 1, `pos_margin` 0, `max_positives` all, `distance` euclidean. Preset "
+            "`neg_margin` 1, `pos_margin` 0, `max_positives` all, `distance` euclidean, `l2` 0 "
+            "(RDML: 0.005, with `l2_power` 1). Preset "
             "`pml` (`normalize`)"
         ),
         source="Oh Song et al., CVPR 2016, and the authors' Caffe layer",

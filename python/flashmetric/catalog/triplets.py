@@ -6,7 +6,7 @@ from flashmetric.catalog.entry import Entry
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         name="TripletMarginLoss",
-        rows="T1-T6, T9-T11, T17, T18, A2-A6, D1",
+        rows="T1-T6, T9-T12, T17, T18, A2-A6, D1, D4",
         title="Triplet margin loss",
         formula=(
             "scale * max(v, 0), v = d(a, p) - d(a, n) + margin; softplus(v) if `smooth`, "
@@ -14,9 +14,11 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         defaults=(
             "margin 0.2, distance euclidean, mining batch_hard (or batch_all, semi_hard, "
-            "semi_hard_anchor, easy_positive, easy_positive_semi_hard), scale 1, anchor_scale 1. "
-            "Presets: pml, sentence_transformers, tensorflow_addons; tubui (T1), "
-            "tubui_scaled_anchor (T6, k = 2), facenet (T2), deep_ranking (T4), sqrt_cosine (T5), "
+            "semi_hard_anchor, easy_positive, easy_positive_semi_hard), scale 1, anchor_scale 1; "
+            "given triplets may have a margin each (function only), batch_all one per class of anchor "
+            "and negative, a tensor [C, C] (T12, D4: the hierarchy that yields it is the user's). "
+            "Presets: pml (all triplets), pml_batch_hard, sentence_transformers, "
+            "tensorflow_addons; tubui (T1), tubui_scaled_anchor (T6, k = 2), facenet (T2), deep_ranking (T4), sqrt_cosine (T5), "
             "wang_gupta, in_defense (T3), in_defense_soft (T9), in_defense_none (T10), "
             "cosine_softplus (T11), snr (T17), l1 (T18)"
         ),
@@ -26,8 +28,8 @@ ENTRIES: tuple[Entry, ...] = (
         ),
         statistic="hardest pairs",
         reduction="mean over anchors or triplets; mean_nonzero, sum, none",
-        complexity="G/2 without references, else G; batch_all G and a binary search per pair, "
-        "memory O(N P)",
+        complexity="G/2 without references, else G; batch_all G and a binary search per pair "
+        "(per class pair margins: 2 G, one sweep a class), memory O(N P)",
         disagreements=(
             "Factor 1/2 in one slide deck only, which cites FaceNet for it: FaceNet has none. "
             'Anchors without a positive or negative: skipped here; `empty="keep"` counts them as '
@@ -38,8 +40,10 @@ ENTRIES: tuple[Entry, ...] = (
             'pytorch-metric-learning\'s TripletMarginMiner (`type_of_triplets="semihard"`), per '
             "anchor in its BatchEasyHardMiner (`semi_hard_anchor`). The root of 1 - cosine cancels "
             "in the squared form; Wang and Gupta have 1 - cosine, margin 0.5, no 1/2. The margin "
-            "of the ranking hinge is 1 here; the slides leave it open. The SNR preset has no "
-            "regulariser of the mean of rows."
+            "of the ranking hinge is 1 here; the slides leave it open. The SNR preset is "
+            "without the regulariser of RDML: add 0.005 times "
+            "`normalize_rows(x).sum(1).abs().mean()`. pytorch-metric-learning takes all triplets "
+            "unless a miner chooses some, as the preset pml does."
         ),
     ),
     Entry(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triplet loss on weighted means of an anchor's pairs, the harder ones weighing more."""
 
-import torch
 from torch import Tensor
 
 from flashmetric.checks import check_choice, check_distance, check_flag, check_number
@@ -11,6 +10,7 @@ from flashmetric.functional.anchor_reduction import (
     Reduction,
     both_finite,
     reduce_anchors,
+    softplus,
     straight_through,
 )
 from flashmetric.functional.pair_loss import prepare_pairs
@@ -99,10 +99,7 @@ def adaptive_weighted_triplet_loss(
     violation = float(margin) + straight_through(
         lse.positive_mean - lse.negative_mean, positive + negative
     )
-    if smooth:
-        loss = torch.logaddexp(violation, torch.zeros_like(violation))
-    else:
-        loss = violation.relu()
+    loss = softplus(violation) if smooth else violation.relu()
     return reduce_anchors(loss, counted, reduction)
 
 

@@ -221,6 +221,25 @@ class AllPairs(Pairs):
         lse, mean, counts = of_refs
         return by_row, LogSumExps(*lse.unbind(), *mean.unbind(), *counts.unbind())
 
+    def of_references(self, rows: Tensor) -> "AllPairs":
+        """The same anchors with these references alone.
+
+        The rows of a self-batch are then no longer known to be the anchors themselves: for pairs
+        of different classes only.
+        """
+        refs, ref_labels = self.embeddings, self.labels
+        if self.ref_emb is not None and self.ref_labels is not None:
+            refs, ref_labels = self.ref_emb, self.ref_labels
+        return AllPairs(
+            self.embeddings,
+            self.labels,
+            refs.index_select(0, rows),
+            ref_labels.index_select(0, rows),
+            self.rule,
+            self.distance,
+            self.anchor_scale,
+        )
+
     def distances(self, index: Tensor) -> PairLists:
         """Distances of each anchor to the listed references [N, K], -1 for none."""
         values = pair_distance(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the losses of the anchors: a mean, a sum, or themselves."""
+"""What becomes of the losses of the anchors: a mean, a sum, or themselves; and their softplus."""
 
 from typing import Literal, get_args
 
@@ -39,6 +39,15 @@ def both_finite(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     some = (first != -torch.inf) & (second != -torch.inf)
     zero = first.new_zeros(())
     return some, first.where(some, zero), second.where(some, zero)
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z).
+
+    Not torch's own: that is z above its threshold of 20, which float64 can tell, and e^z overflows
+    if the threshold is raised.
+    """
+    return torch.logaddexp(z, torch.zeros_like(z))
 
 
 def straight_through(value: Tensor, slope: Tensor) -> Tensor:

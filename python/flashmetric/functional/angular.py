@@ -2,6 +2,7 @@
 """Angular loss, alone or on top of the N-pairs loss."""
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,23 +14,26 @@ from flashmetric.checks import (
     check_flag,
     check_indices,
     check_number,
+    check_positive,
 )
 from flashmetric.functional.all_pairs import AllPairs
-from flashmetric.functional.n_pairs import L2_POWER, L2Power, n_pairs_loss
-from flashmetric.functional.normalize import normalize_rows
+from flashmetric.functional.anchor_reduction import reduce_anchors, softplus
+from flashmetric.functional.listed_pairs import positive_pairs
+from flashmetric.functional.n_pairs import n_pairs_loss
+from flashmetric.functional.normalize import L2_POWER, L2Power, normalize_rows
 from flashmetric.functional.pair_loss import prepare_pairs
-from flashmetric.functional.pairs import Logit
+from flashmetric.functional.pairs import Logit, Term
 from flashmetric.functional.softmax_rows import (
     Reduction,
-    check_positive,
     check_reduction,
-    reduce_rows,
-    softplus,
     take_rows,
 )
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import IGNORED
+
+AngularForm = Literal["log", "hinge"]
+_FORM = get_args(AngularForm)
 
 
 def angular_loss(
@@ -42,6 +46,7 @@ def angular_loss(
     l2_power: L2Power = 2,
     normalize: bool = True,
     max_positives: int | None = None,
+    form: AngularForm = "log",
     reduction: Reduction = "mean",
     ref_emb: Tensor | None = None,
     ref_labels: Tensor | Labels | None = None,
@@ -62,6 +67,9 @@ def angular_loss(
     .. math::
         \ell_{ap} = \log \Bigl(1 + \sum_n \exp \bigl(4 \tan^2 \alpha \, (x_a + x_p) \cdot x_n
             - 2 (1 + \tan^2 \alpha) \, x_a \cdot x_p \bigr) \Bigr)
+        \quad\text{or}\quad
+        \sum_n \max\Bigl(0, \lVert x_a - x_p \rVert^2
+            - 4 \tan^2 \alpha \, \bigl\lVert x_n - \tfrac{x_a + x_p}{2} \bigr\rVert^2 \Bigr)
 
     Args:
         embeddings: anchors, shape [N, D], float32, float16, bfloat16 or float64, any strides.
@@ -75,6 +83,8 @@ def angular_loss(
         max_positives: take only so many positives of each anchor, those with the smallest inner
             products. Default: all, which are counted first: that waits for the device, and does
             not compile to one graph.
+        form: ``"log"`` (default) for the first formula, the smooth one of the paper's batches, or
+            ``"hinge"`` for the second, its constraint as it stands.
         reduction: ``"mean"`` (default) over the positive pairs whose anchor has a negative,
             ``"sum"``, or ``"none"``: the sum over each anchor's positive pairs.
         ref_emb: rows to pair the anchors with, shape [M, D]. Default: the anchors.
@@ -106,11 +116,13 @@ def angular_loss(
     Source:
         J. Wang et al.: Deep Metric Learning with Angular Loss, ICCV 2017.
     """
-    check_angular_options(alpha, n_pairs_lambda, l2, l2_power, normalize, max_positives, reduction)
+    check_angular_options(
+        alpha, n_pairs_lambda, l2, l2_power, normalize, max_positives, form, reduction
+    )
     batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
     if batch.labels is None or (ref_emb is not None and batch.ref_labels is None):
         raise ValueError("labels must be given with indices_tuple: they say what is a negative")
-    loss = _angular(batch, alpha, normalize, max_positives, reduction, indices_tuple)
+    loss = _angular(batch, alpha, normalize, max_positives, form, reduction, indices_tuple)
     if n_pairs_lambda is None:
         return loss
     n_pairs = n_pairs_loss(
@@ -131,7 +143,8 @@ def _angular(
     alpha: float,
     normalize: bool,
     max_positives: int | None,
-    reduction: str,
+    form: AngularForm,
+    reduction: Reduction,
     indices_tuple: tuple[Tensor, ...] | None,
 ) -> Tensor:
     x, refs = batch.embeddings, batch.ref_emb
@@ -143,8 +156,8 @@ def _angular(
     half = refs is None and batch.rule == "equal" and reduction != "none"
     half = half and max_positives is None and indices_tuple is None
     if indices_tuple is not None:
-        anchor, positive = check_indices(indices_tuple, batch.embeddings, batch.ref_emb)[:2]
-        valid = None
+        checked = check_indices(indices_tuple, batch.embeddings, batch.ref_emb)
+        anchor, positive, valid = positive_pairs(checked)
     else:
         with torch.no_grad():
             anchor, positive, valid = _positive_pairs(batch, x, refs, max_positives, half)
@@ -157,21 +170,25 @@ def _angular(
     if valid is not None:
         absent = ~valid if queries.ndim == 1 else ~valid.unsqueeze(1)
         queries = queries.masked_fill(absent, IGNORED)
-    # A positive pair queries the negatives with its sum: a log-sum-exp of a rectangular batch.
-    sums = prepare_pairs(
-        a + p,
+    # A positive pair queries the negatives with its sum or centre: a rectangular batch.
+    queried = prepare_pairs(
+        a + p if form == "log" else (a + p) / 2,
         Labels(queries, batch.rule),
-        distance="dot",
+        distance="dot" if form == "log" else "sqeuclidean",
         ref_emb=others.to(dtype),
         ref_labels=Labels(other_labels, batch.rule),
     )
-    negatives = sums.logsumexp(negative=Logit(-4 * tan2)).negative
-    counted = negatives != -torch.inf
-    z = negatives.masked_fill(~counted, 0) - 2 * (1 + tan2) * (a * p).sum(1)
-    rows = softplus(z).masked_fill(~counted, 0)
+    if form == "log":
+        negatives = queried.logsumexp(negative=Logit(-4 * tan2)).negative
+        counted = negatives != -torch.inf
+        z = negatives.masked_fill(~counted, 0) - 2 * (1 + tan2) * (a * p).sum(1)
+        rows = softplus(z).masked_fill(~counted, 0)
+    else:
+        sums = queried.sum(negative=Term("hinge", -4 * tan2, (a - p).square().sum(1)))
+        rows, counted = sums.negative, sums.negatives > 0
     if reduction == "none":
         return rows.new_zeros(x.shape[0]).index_add(0, anchor, rows)
-    value = reduce_rows(rows, counted, reduction)
+    value = reduce_anchors(rows, counted, reduction)
     return 2 * value if half and reduction == "sum" else value
 
 
@@ -201,6 +218,7 @@ def check_angular_options(
     l2_power: int,
     normalize: bool,
     max_positives: int | None,
+    form: str,
     reduction: str,
 ) -> None:
     """Raise unless the options of :func:`angular_loss` are valid."""
@@ -216,4 +234,5 @@ def check_angular_options(
         check_positive("max_positives", max_positives)
         if not isinstance(max_positives, int):
             raise TypeError(f"max_positives must be an integer, got {type(max_positives).__name__}")
+    check_choice("form", form, _FORM)
     check_reduction(reduction)

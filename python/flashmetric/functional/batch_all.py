@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.pairs import Pairs, Term
+from flashmetric.ops.labels import IGNORED
 from flashmetric.ops.ordered_sum import ordered_sum
 from flashmetric.ops.terms import Formula
 
@@ -89,7 +91,55 @@ def batch_all_sums(
     return TripletSums(loss - hard_loss, violating - hard, active - hard_active)
 
 
-def _linear(pairs: Pairs, positive: Tensor, negatives: Tensor, margin: float) -> Tensor:
+def batch_all_sums_by_class(
+    pairs: AllPairs, margins: Tensor, formula: Formula, max_positives: int | None = None
+) -> TripletSums:
+    """As :func:`batch_all_sums`, of all triplets, with a margin per class of anchor and negative.
+
+    The negatives of one class shift all thresholds of an anchor alike: one sweep over each class.
+
+    Args:
+        pairs: the pairs that triplets consist of, with labels 0 ... C - 1.
+        margins: of the classes of anchor and negative, [C, C].
+        formula: f, as for :func:`batch_all_sums`.
+        max_positives: only this many of the farthest positives of each anchor.
+    """
+    positive = _positive_distances(pairs, max_positives)
+    count = (positive > -torch.inf).sum(1)
+    own = pairs.labels.clamp(min=0)
+    refs = pairs.labels if pairs.ref_labels is None else pairs.ref_labels
+    # Attached to the graph where there are no negatives.
+    loss = positive.masked_fill(positive == -torch.inf, 0).double().sum(1) * 0
+    triplets, active = torch.zeros_like(count), torch.zeros_like(count)
+    for label in _present(refs, pairs.labels, margins):
+        part = pairs.of_references((refs == label).nonzero()[:, 0])
+        margin = margins[own, label].to(positive.dtype)
+        negatives = part.counts()[1]
+        triplets = triplets + count * negatives
+        if formula == "linear":
+            loss = loss + _linear(part, positive, negatives, margin)
+            continue
+        thresholds = positive + margin.unsqueeze(1)
+        sums, counts = part.threshold_sum("negative", formula, thresholds)
+        loss, active = loss + sums.sum(1), active + counts.sum(1)
+    return TripletSums(loss, triplets, active if formula == "hinge" else triplets)
+
+
+def _present(refs: Tensor, labels: Tensor, margins: Tensor) -> list[int]:
+    """Classes that a reference has; waits for the device."""
+    every = torch.cat([refs, labels]).unique()
+    every = every[every != IGNORED]
+    if every.numel() and (every[0] < 0 or every[-1] >= len(margins)):
+        wrong = int(every[0] if every[0] < 0 else every[-1])
+        raise ValueError(
+            f"labels must be 0 ... {len(margins) - 1} for a margin of shape "
+            f"{tuple(margins.shape)}; got {wrong}"
+        )
+    present: list[int] = refs[refs != IGNORED].unique().tolist()
+    return present
+
+
+def _linear(pairs: Pairs, positive: Tensor, negatives: Tensor, margin: float | Tensor) -> Tensor:
     known = positive > -torch.inf
     count = known.sum(1)
     total = positive.masked_fill(~known, 0).double().sum(1) + margin * count.double()

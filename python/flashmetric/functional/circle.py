@@ -6,15 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from flashmetric.checks import check_number
+from flashmetric.checks import check_number, check_positive
+from flashmetric.functional.anchor_reduction import reduce_anchors, softplus
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit
 from flashmetric.functional.softmax_rows import (
     Reduction,
-    check_positive,
     check_reduction,
-    reduce_rows,
-    softplus,
 )
 from flashmetric.labels import Labels
 
@@ -101,7 +99,7 @@ def circle_loss(
     lse = pairs.logsumexp(positive, Logit(-root, root, "circle", root * m))
     both = (lse.positive != -torch.inf) & (lse.negative != -torch.inf)
     z = lse.positive.masked_fill(~both, 0) + lse.negative.masked_fill(~both, 0)
-    return reduce_rows(softplus(z).masked_fill(~both, 0), both, reduction)
+    return reduce_anchors(softplus(z).masked_fill(~both, 0), both, reduction)
 
 
 def check_circle_options(m: float, gamma: float, reduction: str) -> None:

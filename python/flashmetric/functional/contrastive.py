@@ -5,13 +5,13 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from flashmetric.checks import check_choice, check_distance, check_number
+from flashmetric.checks import check_choice, check_distance, check_not_negative, check_number
 from flashmetric.distances import Metric
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pair_reduction import PAIR_REDUCTIONS, PairReduction, reduce_pairs
-from flashmetric.functional.pairs import Term
+from flashmetric.functional.pairs import Pairs, Term
 from flashmetric.labels import Labels
-from flashmetric.ops.distance import Distance
+from flashmetric.ops.distance import Distance, accumulate_dtype
 from flashmetric.ops.terms import Formula
 
 Power = Literal[1, 2]
@@ -26,6 +26,7 @@ def contrastive_loss(
     pos_margin: float = 0.0,
     neg_margin: float = 1.0,
     distance: Distance | Metric = "euclidean",
+    pos_weight: float | Tensor = 1.0,
     power: Power = 1,
     scale: float = 1.0,
     reduction: PairReduction = "mean_nonzero",
@@ -60,6 +61,8 @@ def contrastive_loss(
             normalised first), ``"dot"`` (minus the inner product), or another name or object of
             :mod:`flashmetric.distances`. The margins are in its units: those of a loss on squared
             distances are margins of squares.
+        pos_weight: factor on positive pairs, at least 0: one for all, or a tensor [N] with that of
+            each anchor; a constant. Default: 1.
         power: 1 (default) for the hinge, 2 for its square.
         scale: factor on every pair. Default: 1.
         reduction: ``"mean_nonzero"`` (default) is the mean over the positives with a loss above 0
@@ -118,7 +121,9 @@ def contrastive_loss(
         R. Hadsell, S. Chopra, Y. LeCun: Dimensionality Reduction by Learning an Invariant Mapping,
         CVPR 2006 (power 2, scale 1/2, pos_margin 0).
     """
-    check_contrastive_options(pos_margin, neg_margin, distance, power, scale, reduction, normalize)
+    check_contrastive_options(
+        pos_margin, neg_margin, distance, power, scale, reduction, normalize, pos_weight
+    )
     pos_margin, neg_margin, scale = float(pos_margin), float(neg_margin), float(scale)
     pairs = prepare_pairs(
         embeddings,
@@ -129,9 +134,30 @@ def contrastive_loss(
         ref_labels=ref_labels,
         indices_tuple=indices_tuple,
     )
+    weight = _weight(pos_weight, pairs)
+    # Inside of the square, its root.
+    weight = weight if power == 1 else weight**0.5
     formula = _FORMULA[power]
-    positive, negative = Term(formula, 1.0, -pos_margin), Term(formula, -1.0, neg_margin)
+    positive = Term(formula, weight, -pos_margin * weight)
+    negative = Term(formula, -1.0, neg_margin)
     return scale * reduce_pairs(pairs, positive, negative, reduction)
+
+
+def _weight(pos_weight: float | Tensor, pairs: Pairs) -> float | Tensor:
+    """The weight of positive pairs, one for all or one per anchor, as a constant."""
+    if not isinstance(pos_weight, Tensor):
+        return float(pos_weight)
+    if pos_weight.shape != (pairs.anchors,):
+        raise ValueError(
+            f"pos_weight must be a number or have shape [{pairs.anchors}], one for each of "
+            f"embeddings; got {tuple(pos_weight.shape)}"
+        )
+    if pos_weight.device != pairs.embeddings.device:
+        raise ValueError(
+            f"pos_weight must have the device of embeddings, {pairs.embeddings.device}; "
+            f"got {pos_weight.device}"
+        )
+    return pos_weight.detach().to(accumulate_dtype(pairs.embeddings.dtype))
 
 
 def check_contrastive_options(
@@ -142,6 +168,7 @@ def check_contrastive_options(
     scale: float,
     reduction: str,
     normalize: bool,
+    pos_weight: float | Tensor = 1.0,
 ) -> None:
     """Raise unless the options of :func:`contrastive_loss` are valid."""
     check_number("pos_margin", pos_margin)
@@ -150,3 +177,4 @@ def check_contrastive_options(
     check_choice("power", power, _POWER)
     check_number("scale", scale)
     check_choice("reduction", reduction, PAIR_REDUCTIONS)
+    check_not_negative("pos_weight", pos_weight)

@@ -7,6 +7,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -120,6 +121,15 @@ class DensePairs(AllPairs):
         if ref_emb is None:
             for mask in self._masks:
                 mask.fill_diagonal_(False)
+
+    def of_references(self, rows: Tensor) -> "DensePairs":
+        """The same anchors with these references alone: columns of the same matrix."""
+        part = copy(self)
+        part.references = rows.numel()
+        part.matrix, part._d = self.matrix[:, rows], self._d[:, rows]
+        positive, negative = self._masks
+        part._masks = positive[:, rows], negative[:, rows]
+        return part
 
     def _kept(self, kind: int, bound: Tensor | None) -> Tensor:
         """Mask of the pairs beyond (positives) or before (negatives) a bound [N]."""
@@ -286,7 +296,9 @@ class DenseListedPairs(ListedPairs):
         super().__init__(embeddings, ref_emb, indices, distance, anchor_scale)
         self.matrix, d = _measure(embeddings, ref_emb, distance, anchor_scale)
         (a1, a2), (p, n) = self._anchor, self._other
-        self._distance = d[a1, p], d[a2, n]
+        self._distance = tuple(
+            d[a, j.clamp(min=0)].masked_fill(j < 0, 0) for a, j in ((a1, p), (a2, n))
+        )
 
 
 def _measure(

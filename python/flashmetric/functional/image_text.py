@@ -6,17 +6,15 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from flashmetric.checks import check_choice, check_distance
+from flashmetric.checks import check_choice, check_distance, check_parameter, check_positive
 from flashmetric.distances import Metric
 from flashmetric.functional.all_pairs import AllPairs
-from flashmetric.functional.listed_pairs import as_pairs
+from flashmetric.functional.listed_pairs import other_way
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit, LogSumExps, Pairs, Parameter
 from flashmetric.functional.softmax_rows import (
     FORM,
     Form,
-    check_positive,
-    check_scalar,
     label_towers,
     shares_of_all,
 )
@@ -133,8 +131,7 @@ def image_text_loss(
     if fused and ref_emb is None:
         return _direction(pairs, pairs.logsumexp(logit, logit), scale, form, reduction)
     if indices_tuple is not None:
-        a1, p, a2, n = as_pairs(indices_tuple)
-        indices_tuple = p, a1, n, a2
+        indices_tuple = other_way(indices_tuple)
     back = pairs
     if form == "out" or not fused:
         # The same pairs with exchanged roles.
@@ -171,7 +168,7 @@ def check_image_text_options(
     reduction: str,
 ) -> None:
     """Raise unless the options of :func:`image_text_loss` are valid."""
-    check_scalar("logit_scale", logit_scale)
+    check_parameter("logit_scale", logit_scale)
     check_positive("max_scale", max_scale)
     check_choice("form", form, FORM)
     check_distance(distance, normalize)

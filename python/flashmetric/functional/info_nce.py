@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flashmetric.checks import check_distance
 from flashmetric.distances import Metric
+from flashmetric.functional.anchor_reduction import reduce_anchors
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit, Pairs, Parameter, Term
 from flashmetric.functional.softmax_rows import (
@@ -14,7 +15,6 @@ from flashmetric.functional.softmax_rows import (
     check_temperature,
     label_towers,
     negative_log_share,
-    reduce_rows,
 )
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
@@ -55,7 +55,8 @@ def ntxent_loss(
         embeddings: anchors, shape [N, D], float32, float16, bfloat16 or float64, any strides.
         labels: class of each anchor, shape [N], int64, int32 or bool, or :class:`Labels`. May be
             None with ``indices_tuple``.
-        temperature: T, above 0; a tensor of shape [] gets a gradient. Default: 0.07.
+        temperature: T, above 0; a tensor of shape [] gets a gradient. Where it is learned, learn
+            its logarithm: :class:`~flashmetric.losses.LearnedTemperature`. Default: 0.07.
         distance: the similarity s is minus the distance (with ``"cosine"``, the default, up to a
             constant that cancels).
         normalize: scale rows to unit length first. Default: False.
@@ -132,7 +133,8 @@ def info_nce_loss(
             strides.
         labels: class of each anchor, shape [N], int64, int32 or bool, or :class:`Labels`. May be
             None with ``ref_emb`` or ``indices_tuple``.
-        temperature: T, above 0; a tensor of shape [] gets a gradient. Default: 0.07.
+        temperature: T, above 0; a tensor of shape [] gets a gradient. Where it is learned, learn
+            its logarithm: :class:`~flashmetric.losses.LearnedTemperature`. Default: 0.07.
         distance: the similarity s is minus the distance (with ``"cosine"``, the default, up to a
             constant that cancels).
         normalize: scale rows to unit length first. Default: False.
@@ -180,7 +182,7 @@ def info_nce_loss(
     # The log-sum-exp over one positive is its logit: a single sweep finds everything.
     scale = 1 / temperature
     rows, counted = negative_log_share(pairs.logsumexp(Logit(-scale), Logit(-scale)))
-    return reduce_rows(rows, counted, reduction)
+    return reduce_anchors(rows, counted, reduction)
 
 
 def _every_pair(pairs: Pairs, temperature: Parameter, reduction: str) -> Tensor:

@@ -12,6 +12,7 @@ from flashmetric.functional.anchor_reduction import (
     both_finite,
     reduce_anchors,
 )
+from flashmetric.functional.normalize import L2_POWER, L2Power, row_sizes
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit
 from flashmetric.labels import Labels
@@ -26,6 +27,8 @@ def lifted_structure_loss(
     neg_margin: float = 1.0,
     pos_margin: float = 0.0,
     max_positives: int | None = None,
+    l2: float = 0.0,
+    l2_power: L2Power = 2,
     distance: Distance | Metric = "euclidean",
     normalize: bool = False,
     reduction: Reduction = "mean",
@@ -55,6 +58,9 @@ def lifted_structure_loss(
         max_positives: how many positives of an anchor take part, the farthest ones. By default
             all do, which are counted first: that waits for the device and does not compile into
             one graph.
+        l2: adds this times the mean size of the rows that are in any pair (``"none"`` the size of
+            each, ``"sum"`` of all): the loss shrinks no row by itself. Default: 0.
+        l2_power: 2 (default) for squared lengths, or 1 for lengths.
         distance: Default: ``"euclidean"``, not squared.
         normalize: see there.
         reduction: ``"mean"`` (default) over the positive pairs; ``"mean_nonzero"`` over those with
@@ -87,10 +93,11 @@ def lifted_structure_loss(
 
     Source:
         H. Oh Song, Y. Xiang, S. Jegelka, S. Savarese: Deep Metric Learning via Lifted Structured
-        Feature Embedding, CVPR 2016.
+        Feature Embedding, CVPR 2016; the regulariser from K. Roth et al., ICML 2020 (code: weight
+        0.005 of lengths).
     """
     check_lifted_structure_options(
-        neg_margin, pos_margin, max_positives, distance, normalize, reduction
+        neg_margin, pos_margin, max_positives, l2, l2_power, distance, normalize, reduction
     )
     pairs = prepare_pairs(
         embeddings,
@@ -117,23 +124,34 @@ def lifted_structure_loss(
     violation = (lse + listed.distance - float(pos_margin)).where(counted, lse.new_zeros(()))
     loss = violation.relu().square() / 2
     if reduction == "none":
-        return loss.sum(1)
-    total = ordered_sum(loss.flatten())
-    if reduction == "sum":
+        total = loss.sum(1)
+    else:
+        total = ordered_sum(loss.flatten())
+    if reduction not in ("none", "sum"):
+        total = total / (counted if reduction == "mean" else loss > 0).sum().clamp(min=1)
+    if l2 == 0:
         return total
-    count = counted if reduction == "mean" else loss > 0
-    return total / count.sum().clamp(min=1)
+    positives, negatives = pairs.counts()
+    paired = (positives + negatives) > 0
+    # Masked before, not after: a row without pairs may hold anything.
+    rows = embeddings.masked_fill(~paired.unsqueeze(1), 0)
+    sizes: Reduction = "mean" if reduction == "mean_nonzero" else reduction
+    return total + float(l2) * reduce_anchors(row_sizes(rows, l2_power), paired, sizes)
 
 
 def check_lifted_structure_options(
     neg_margin: float,
     pos_margin: float,
     max_positives: int | None,
+    l2: float,
+    l2_power: int,
     distance: str | Metric,
     normalize: bool,
     reduction: str,
 ) -> None:
     """Raise unless the options of :func:`lifted_structure_loss` are valid."""
+    check_number("l2", l2)
+    check_choice("l2_power", l2_power, L2_POWER)
     check_generalized_lifted_structure_options(
         neg_margin, pos_margin, distance, normalize, reduction
     )

@@ -16,6 +16,7 @@ from flashmetric.functional.pairs import (
     Sums,
     Term,
 )
+from flashmetric.indices import PairIndices, TripletIndices
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import Kind
 from flashmetric.ops.ordered_sum import ordered_sum
@@ -23,8 +24,25 @@ from flashmetric.ops.terms import Formula, term
 
 
 def as_pairs(indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Triplets (a, p, n) as pairs (a, p, a, n); pairs (a1, p, a2, n) as they are."""
-    return indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
+    """Triplets (a, p, n) as pairs (a, p, a, n); pairs (a1, p, a2, n) as they are.
+
+    Of a fixed size, followed by which positive and which negative pairs are valid.
+    """
+    if isinstance(indices, TripletIndices):
+        return indices.pairs()
+    return (*indices[:2], indices[0], indices[2]) if len(indices) == 3 else indices
+
+
+def other_way(indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Pairs whose two sides have changed places."""
+    a1, p, a2, n, *valid = as_pairs(indices)
+    return PairIndices(p, a1, n, a2, *valid) if valid else (p, a1, n, a2)
+
+
+def positive_pairs(indices: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Anchors and positives, row 0 for none, and which of them are pairs (None: all)."""
+    anchor, positive, _, _, *valid = as_pairs(indices)
+    return anchor, positive.clamp(min=0), valid[0] if valid else None
 
 
 class ListedPairs(Pairs):
@@ -38,29 +56,35 @@ class ListedPairs(Pairs):
         distance: str,
         anchor_scale: Tensor | None = None,
     ) -> None:
-        """Measure the pairs (a1, p, a2, n), or triplets (a, p, n)."""
+        """Measure the pairs (a1, p, a2, n), or triplets (a, p, n), also of a fixed size."""
         self.embeddings, self.ref_emb = embeddings, ref_emb
         self.anchors = embeddings.shape[0]
         self.references = self.anchors if ref_emb is None else ref_emb.shape[0]
         self._dtype = accumulate_dtype(embeddings.dtype)
-        a1, p, a2, n = as_pairs(indices)
+        a1, p, a2, n, *valid = as_pairs(indices)
+        # The op gives pairs with row -1 distance 0 and no gradient.
         d = pair_distance(embeddings, ref_emb, torch.cat((a1, a2)), torch.cat((p, n)), distance)
         if anchor_scale is not None:
             d = d * anchor_scale[torch.cat((a1, a2))]
         self.distance, self.anchor_scale = distance, anchor_scale
-        self._joined = len(indices) == 3
+        self._joined = len(indices) == 3 or isinstance(indices, TripletIndices)
+        self._valid = (valid[0], valid[1]) if valid else (None, None)
         self._anchor, self._other = (a1, a2), (p, n)
         self._distance = d.split((len(p), len(n)))
 
-    def triplets(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Triplets (a, p, n), and d(a, p) and d(a, n), each [T].
+    def triplets(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Triplets (a, p, n), d(a, p) and d(a, n), each [T], and which are valid (None: all).
 
         As given, or every positive pair with every negative pair of its anchor, which takes O(T)
         memory, a length that depends on the data.
         """
         (a1, a2), (p, n), (d_ap, d_an) = self._anchor, self._other, self._distance
         if self._joined:
-            return a1, p, n, d_ap, d_an
+            return a1, p, n, d_ap, d_an, self._valid[0]
+        if self._valid[0] is not None and self._valid[1] is not None:
+            # Of anchors that do not exist, and of different ones, so that they meet no partner.
+            a1 = a1.masked_fill(~self._valid[0], self.anchors)
+            a2 = a2.masked_fill(~self._valid[1], self.anchors + 1)
         sorted_a2, order = a2.sort(stable=True)
         begin = torch.searchsorted(sorted_a2, a1)
         count = torch.searchsorted(sorted_a2, a1, right=True) - begin
@@ -68,7 +92,7 @@ class ListedPairs(Pairs):
         # The numbers of a pair's partners, 0 to count - 1, after each other for all pairs.
         partner = torch.arange(len(pair), device=a1.device) - (count.cumsum(0) - count)[pair]
         partner = order[begin[pair] + partner]
-        return a1[pair], p[pair], n[partner], d_ap[pair], d_an[partner]
+        return a1[pair], p[pair], n[partner], d_ap[pair], d_an[partner], None
 
     def minus(self, other: "ListedPairs") -> "ListedPairs":
         """The same pairs at their distances less those in ``other``."""
@@ -84,17 +108,22 @@ class ListedPairs(Pairs):
         return parameter
 
     def _kept(self, kind: int, bound: Tensor | None) -> Tensor | None:
+        """Which pairs are valid and within a bound [N]; None for all."""
+        valid = self._valid[kind]
         if bound is None:
-            return None
+            return valid
         limit, d = bound.expand(self.anchors)[self._anchor[kind]], self._distance[kind]
-        return torch.lt(d, limit) if kind else torch.gt(d, limit)
+        within = torch.lt(d, limit) if kind else torch.gt(d, limit)
+        return within if valid is None else within & valid
 
     def _values(self, kind: int, given: Term | None) -> Tensor:
         d = self._distance[kind]
         if given is None:
             return torch.zeros_like(d)
-        z = d * self._at(given.scale, kind) + self._at(given.offset, kind)
-        return term(z, given.formula)[0]
+        z: Tensor = d * self._at(given.scale, kind) + self._at(given.offset, kind)
+        valid = self._valid[kind]
+        # Before the formula, whose slope may be infinite where there is no pair.
+        return term(z if valid is None else z.masked_fill(~valid, 0), given.formula)[0]
 
     def _by_anchor(self, kind: int, values: Tensor) -> Tensor:
         return values.new_zeros(self.anchors).index_add(0, self._anchor[kind], values)
@@ -121,6 +150,10 @@ class ListedPairs(Pairs):
         """See :meth:`Pairs.total`."""
         values = [self._values(kind, given) for kind, given in enumerate((positive, negative))]
         counts = [value.new_full((), len(value), dtype=torch.int64) for value in values]
+        for kind, valid in enumerate(self._valid):
+            if valid is not None:
+                values[kind] = values[kind].where(valid, values[kind].new_zeros(()))
+                counts[kind] = valid.sum()
         active = [(value > 0).sum() for value in values]
         return Sums(*map(ordered_sum, values), *counts, *active)
 
@@ -190,19 +223,21 @@ class ListedPairs(Pairs):
 
     def _sorted(self, kind: int, k: int, farthest: bool, kept: Tensor) -> Tensor:
         """Positions in the list of the first k kept pairs of each anchor, [N, k], -1 for none."""
-        anchor, other = self._anchor[kind], self._other[kind]
-        d = self._distance[kind].detach()
+        other, d = self._other[kind], self._distance[kind].detach()
+        valid = self._valid[kind]
+        kept = kept if valid is None else kept & valid
+        # Others belong to a row, and late ones to a column, that is cut off: no shape depends on
+        # the data, which would wait for the device.
+        anchor = self._anchor[kind].masked_fill(~kept, self.anchors)
         order = other.argsort(stable=True)
         order = order[(-d if farthest else d)[order].argsort(stable=True)]
         order = order[anchor[order].argsort(stable=True)]
-        order = order[kept[order]]
         sorted_anchor = anchor[order]
-        begin = torch.searchsorted(sorted_anchor, torch.arange(self.anchors, device=d.device))
+        begin = torch.searchsorted(sorted_anchor, torch.arange(self.anchors + 1, device=d.device))
         rank = torch.arange(len(order), device=d.device) - begin[sorted_anchor]
-        wanted = rank < k
-        index = anchor.new_full((self.anchors, k), -1)
-        index[sorted_anchor[wanted], rank[wanted]] = order[wanted]
-        return index
+        index = anchor.new_full((self.anchors + 1, k + 1), -1)
+        index[sorted_anchor, rank.clamp(max=k)] = order
+        return index[:-1, :k]
 
     def _lists(self, kind: int, position: Tensor) -> PairLists:
         valid = position >= 0
@@ -217,7 +252,8 @@ class ListedPairs(Pairs):
     def counts(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Pairs.counts`."""
         positives, negatives = (
-            self._by_anchor(kind, torch.ones_like(self._anchor[kind])) for kind in (0, 1)
+            self._by_anchor(kind, torch.ones_like(anchor) if valid is None else valid.long())
+            for kind, (anchor, valid) in enumerate(zip(self._anchor, self._valid, strict=True))
         )
         return positives, negatives
 
@@ -228,7 +264,9 @@ class ListedPairs(Pairs):
         position = int(kind == "negative")
         anchor, d = self._anchor[position], self._distance[position].double()
         limit = thresholds.double().expand(self.anchors, -1)[anchor]
-        none = limit == -torch.inf
+        none, valid = limit == -torch.inf, self._valid[position]
+        if valid is not None:
+            none = none | ~valid.unsqueeze(1)
         z = (limit.masked_fill(none, 0) - d.unsqueeze(1)).masked_fill(none, -1)
         values = term(z, formula)[0].masked_fill(none, 0)
         sums = values.new_zeros((self.anchors, thresholds.shape[1])).index_add(0, anchor, values)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """N-pairs loss: the anchors of all classes against the positives of all classes."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from flashmetric.checks import (
     check_number,
 )
 from flashmetric.distances import Metric
+from flashmetric.functional.anchor_reduction import reduce_anchors
+from flashmetric.functional.listed_pairs import positive_pairs
+from flashmetric.functional.normalize import L2_POWER, L2Power, row_sizes
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit
 from flashmetric.functional.softmax_rows import (
@@ -22,15 +25,11 @@ from flashmetric.functional.softmax_rows import (
     check_reduction,
     label_towers,
     negative_log_share,
-    reduce_rows,
     take_rows,
 )
 from flashmetric.labels import Labels
-from flashmetric.ops.distance import Distance, accumulate_dtype
+from flashmetric.ops.distance import Distance
 from flashmetric.ops.labels import IGNORED, words
-
-L2Power = Literal[1, 2]
-L2_POWER = get_args(L2Power)
 
 
 def n_pairs_loss(
@@ -114,12 +113,12 @@ def n_pairs_loss(
     rows, _ = negative_log_share(pairs.logsumexp(Logit(-1.0), Logit(-1.0)))
     if l2:
         of_pairs = positives[: anchors.shape[0]]
-        rows = rows + l2 * (_size(anchors, l2_power) + _size(of_pairs, l2_power))
+        rows = rows + l2 * (row_sizes(anchors, l2_power) + row_sizes(of_pairs, l2_power))
     counted = selected.valid
     rows = rows.masked_fill(~counted, 0)
     if reduction == "none" and selected.anchor is not None:
         return rows.new_zeros(embeddings.shape[0]).index_add(0, selected.anchor, rows)
-    return reduce_rows(rows, counted, reduction)
+    return reduce_anchors(rows, counted, reduction)
 
 
 def check_n_pairs_options(
@@ -130,12 +129,6 @@ def check_n_pairs_options(
     check_choice("l2_power", l2_power, L2_POWER)
     check_distance(distance, normalize)
     check_reduction(reduction)
-
-
-def _size(rows: Tensor, power: int) -> Tensor:
-    rows = rows.to(accumulate_dtype(rows.dtype))
-    # The derivative of the length of a zero row is 0, as torch has it.
-    return rows.square().sum(1) if power == 2 else torch.linalg.vector_norm(rows, dim=1)
 
 
 class _Selection(NamedTuple):
@@ -161,8 +154,8 @@ def _select(
         raise ValueError("labels must give each row one class, which 'any' and groups do not")
     refs = embeddings if ref_emb is None else ref_emb
     if indices_tuple is not None:
-        index = check_indices(indices_tuple, embeddings, ref_emb)
-        anchor, positive, valid = _listed(batch, index[0], index[1])
+        checked = check_indices(indices_tuple, embeddings, ref_emb)
+        anchor, positive, valid = _listed(batch, *positive_pairs(checked))
     elif towers and batch.labels is not None and batch.ref_labels is not None:
         valid = torch.ones_like(batch.labels, dtype=torch.bool)
         return _Selection((embeddings, refs, batch.labels, batch.ref_labels), valid, None)
@@ -192,11 +185,16 @@ def _to_front(wanted: Tensor, places: int) -> Tensor:
     return (~wanted).int().argsort(stable=True)[:places]
 
 
-def _listed(batch: Batch, anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(
+    batch: Batch, anchor: Tensor, positive: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The first listed pair of each class, or all pairs if there are no classes."""
     if batch.labels is None:
-        return anchor, positive, torch.ones_like(anchor, dtype=torch.bool)
+        everything = torch.ones_like(anchor, dtype=torch.bool)
+        return anchor, positive, everything if valid is None else valid
     classes = words(batch.labels)[anchor]
+    if valid is not None:
+        classes = classes.masked_fill(~valid.unsqueeze(1), IGNORED)
     order, begins = _sorted_by_class(classes)
     known = classes[order, 0] != IGNORED
     place = _to_front(begins & known, min(len(anchor), batch.embeddings.shape[0]))

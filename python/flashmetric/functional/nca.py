@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashmetric.checks import check_choice, check_distance, check_positive
 from flashmetric.distances import Metric
-from flashmetric.functional.anchor_reduction import REDUCTIONS, Reduction, reduce_anchors
+from flashmetric.functional.anchor_reduction import REDUCTIONS, Reduction, reduce_anchors, softplus
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit
 from flashmetric.labels import Labels
@@ -93,7 +93,7 @@ def nca_loss(
     counted = lse.positive != -torch.inf
     odds = lse.negative - lse.positive.where(counted, lse.positive.new_zeros(()))
     if form == "log":
-        loss = torch.logaddexp(odds, torch.zeros_like(odds))
+        loss = softplus(odds)
     else:
         loss = -torch.sigmoid(-odds)
     return reduce_anchors(loss, counted, reduction)

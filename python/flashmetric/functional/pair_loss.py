@@ -88,7 +88,11 @@ def pair_loss(
             pair with itself. Given references exclude no pair, whatever object they are.
         ref_labels: classes of ``ref_emb``, shape [M].
         indices_tuple: pairs (a1, p, a2, n) or triplets (a, p, n) that replace the labels, from any
-            miner of this package or of pytorch-metric-learning.
+            miner of this package or of pytorch-metric-learning; or a miner's result of a fixed
+            size, a :class:`~flashmetric.miners.TripletIndices` or
+            :class:`~flashmetric.miners.PairIndices`, whose entries that are not valid contribute
+            nothing. The loss then waits for no device, unless it joins pairs to triplets or counts
+            the pairs of an anchor. All losses take these.
 
     Returns:
         What ``formula`` returns.
@@ -101,6 +105,13 @@ def pair_loss(
         Bitwise reproducible from run to run, forward and backward; with the native library for any
         number of threads. PyTorch's own exponentials, which the PyTorch implementation and listed
         pairs use, change their last bits with the number of threads.
+
+    Precision:
+        float16 and bfloat16 rows are widened once, which is exact; distances, sums and the loss are
+        float32 (float64 for float64 rows), also under autocast. Gradients are rounded once, to the
+        dtype of the rows: in float16 those beyond 65504, such as of ``reduction="sum"`` over many
+        pairs or behind a large loss scale, become infinite, whereupon
+        ``torch.amp.GradScaler`` skips the step and lowers its scale.
 
     Memory:
         O((N + M) D), besides what ``formula`` lists.

@@ -4,13 +4,13 @@
 import math
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from flashmetric.checks import check_choice, check_flag, check_parameter, check_rows
+from flashmetric.checks import LARGEST_NUMBER, check_choice, check_flag, check_parameter
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pair_reduction import anchors_with_pairs, as_parameter
 from flashmetric.functional.similarity import SIMILARITIES, Similarity, similarity_term
+from flashmetric.functional.softmax_rows import label_towers
 from flashmetric.labels import Labels
 from flashmetric.ops.ordered_sum import ordered_sum
 
@@ -55,8 +55,8 @@ def siglip_loss(
         reduction: ``"mean"`` (default) the sum over all pairs over the number of anchors that have
             any; ``"sum"``; ``"none"`` the sum over each anchor's pairs.
         normalize: scale rows to unit length first; the cosine does so itself. Default: False.
-        ref_emb: rows of the other tower, shape [N, D], or [M, D] with labels. Default with labels:
-            the anchors.
+        ref_emb: rows of the other tower, shape [M, D], M >= N without labels: rows beyond N belong
+            to no row of the first. Default with labels: the anchors.
         ref_labels: classes of ``ref_emb``.
         indices_tuple: pairs or triplets that replace the labels, see :func:`pair_loss`.
 
@@ -80,8 +80,7 @@ def siglip_loss(
         X. Zhai et al.: Sigmoid Loss for Language Image Pre-Training, ICCV 2023; open_clip.
     """
     check_siglip_options(log_scale, bias, distance, reduction, normalize)
-    if labels is None and indices_tuple is None:
-        labels, ref_labels = _by_position(embeddings, ref_emb, ref_labels)
+    labels, ref_labels = label_towers(embeddings, labels, ref_emb, ref_labels, indices_tuple)
     pairs = prepare_pairs(
         embeddings,
         labels,
@@ -108,25 +107,6 @@ def siglip_loss(
     return loss if reduction == "sum" else loss / anchors_with_pairs(rows).sum().clamp(min=1)
 
 
-def _by_position(
-    embeddings: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | Labels | None
-) -> tuple[Tensor, Tensor]:
-    """Labels by which row i of both towers belong together."""
-    if ref_emb is None:
-        raise ValueError("ref_emb, the other tower, must be given unless labels are; got None")
-    check_rows("embeddings", embeddings)
-    check_rows("ref_emb", ref_emb)
-    if ref_labels is not None:
-        raise ValueError("ref_labels must come with labels; got ref_labels alone")
-    if ref_emb.shape[:1] != embeddings.shape[:1]:
-        raise ValueError(
-            "ref_emb must have as many rows as embeddings unless labels are given, "
-            f"{embeddings.shape[0]}; got {ref_emb.shape[0]}"
-        )
-    position = torch.arange(embeddings.shape[0], device=embeddings.device)
-    return position, position
-
-
 def check_siglip_options(
     log_scale: float | Tensor,
     bias: float | Tensor,
@@ -136,6 +116,11 @@ def check_siglip_options(
 ) -> None:
     """Raise unless the options of :func:`siglip_loss` are valid."""
     check_parameter("log_scale", log_scale)
+    if not isinstance(log_scale, Tensor) and log_scale > math.log(LARGEST_NUMBER):
+        raise ValueError(
+            f"log_scale must be at most {math.log(LARGEST_NUMBER):.1f}, the logarithm of "
+            f"{LARGEST_NUMBER:g}; got {log_scale}"
+        )
     check_parameter("bias", bias)
     check_choice("distance", distance, SIMILARITIES)
     check_choice("reduction", reduction, _REDUCTION)

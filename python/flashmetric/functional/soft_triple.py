@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmetric.checks import check_batch, check_classes, check_number
+from flashmetric.checks import check_batch, check_classes, check_number, check_positive
+from flashmetric.functional.anchor_reduction import reduce_anchors
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.softmax_rows import (
     Reduction,
-    check_positive,
     check_reduction,
-    reduce_rows,
 )
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import full_precision, slabs
@@ -108,7 +107,7 @@ def soft_triple_loss(
     w = normalize_rows(centers.reshape(-1, features)).to(x.dtype).view(centers.shape)
     assert batch.labels is not None
     rows = _class_cross_entropy(x, w, batch.labels, float(la), 1 / gamma, float(margin))
-    value = reduce_rows(rows, batch.labels != IGNORED, reduction)
+    value = reduce_anchors(rows, batch.labels != IGNORED, reduction)
     if reduction == "none" or tau == 0 or per_class == 1 or classes == 0:
         return value
     return value + tau * _spread(w) / (classes * per_class * (per_class - 1))

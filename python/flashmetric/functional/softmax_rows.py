@@ -6,7 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flashmetric.checks import check_choice, check_number, check_rows
+from flashmetric.checks import check_choice, check_positive_parameter, check_rows
+from flashmetric.functional.anchor_reduction import softplus
 from flashmetric.functional.pairs import LogSumExps, Pairs, Parameter, Term
 from flashmetric.labels import Labels
 from flashmetric.ops.ordered_sum import ordered_sum
@@ -18,26 +19,9 @@ REDUCTION, FORM = get_args(Reduction), get_args(Form)
 LabelPair = tuple[Tensor | Labels | None, Tensor | Labels | None]
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raise unless ``value`` is a number above 0."""
-    check_number(name, value)
-    if not value > 0:  # type: ignore[operator]
-        raise ValueError(f"{name} must be above 0, got {value}")
-
-
-def check_scalar(name: str, value: object) -> None:
-    """Raise unless ``value`` is a number or a tensor with one element, which may be learned."""
-    if not isinstance(value, Tensor):
-        check_number(name, value)
-    elif value.ndim or not value.is_floating_point():
-        raise ValueError(f"{name} must be a number or a floating-point tensor of shape []")
-
-
 def check_temperature(value: object) -> None:
     """Raise unless ``value`` is a number above 0, or a tensor with one element."""
-    check_scalar("temperature", value)
-    if not isinstance(value, Tensor):
-        check_positive("temperature", value)
+    check_positive_parameter("temperature", value)
 
 
 def check_reduction(value: object) -> None:
@@ -53,9 +37,15 @@ def label_towers(
     indices_tuple: tuple[Tensor, ...] | None,
 ) -> LabelPair:
     """Labels as they are; without any, row i of both towers belongs together."""
-    given = (labels, ref_labels, indices_tuple)
-    if ref_emb is None or any(value is not None for value in given):
+    if labels is not None or indices_tuple is not None:
         return labels, ref_labels
+    if ref_labels is not None:
+        raise ValueError("labels must be given with ref_labels; got None")
+    if ref_emb is None:
+        raise ValueError(
+            "ref_emb, rows of which number i belongs to row i of embeddings, must be given unless "
+            "labels or indices_tuple are; got None"
+        )
     check_rows("embeddings", embeddings)
     check_rows("ref_emb", ref_emb)
     n, m = embeddings.shape[0], ref_emb.shape[0]
@@ -78,11 +68,6 @@ def negative_log_share(lse: LogSumExps) -> tuple[Tensor, Tensor]:
     # Filled before the formula: a where() after it would leave NaN in the gradient.
     z = lse.negative.masked_fill(~both, 0) - lse.positive.masked_fill(~both, 0)
     return softplus(z).masked_fill(~both, 0), counted
-
-
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z); torch's own is only approximate above its threshold."""
-    return torch.logaddexp(z, torch.zeros_like(z))
 
 
 def shares_of_all(
@@ -115,11 +100,3 @@ def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     ``index_select`` does on CUDA in any; that of an embedding is fixed.
     """
     return torch.nn.functional.embedding(index, rows)
-
-
-def reduce_rows(rows: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """Reduce values per anchor, which are 0 where an anchor does not count."""
-    if reduction == "none":
-        return rows
-    total = ordered_sum(rows)
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)

@@ -52,7 +52,8 @@ def sup_con_loss(
         embeddings: anchors, shape [N, D], float32, float16, bfloat16 or float64, any strides.
         labels: class of each anchor, shape [N], int64, int32 or bool, or :class:`Labels`. May be
             None with ``indices_tuple``.
-        temperature: T, above 0; a tensor of shape [] gets a gradient. Default: 0.1.
+        temperature: T, above 0; a tensor of shape [] gets a gradient. Where it is learned, learn
+            its logarithm: :class:`~flashmetric.losses.LearnedTemperature`. Default: 0.1.
         form: ``"out"`` (default), the mean over positives outside of the logarithm, or ``"in"``,
             inside of it, which needs half the sweeps.
         distance: the similarity s is minus the distance (with ``"cosine"``, the default, up to a

@@ -16,15 +16,23 @@ from flashmetric.checks import (
     check_number,
 )
 from flashmetric.distances import Metric
-from flashmetric.functional.batch_all import TYPES, Types, batch_all_sums, reduce_sums
+from flashmetric.functional.all_pairs import AllPairs
+from flashmetric.functional.batch_all import (
+    TYPES,
+    Types,
+    batch_all_sums,
+    batch_all_sums_by_class,
+    reduce_sums,
+)
 from flashmetric.functional.dense_pairs import recorded_matrices
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.scaled_anchor import prepare_scaled_pairs
 from flashmetric.functional.triplet_selection import spoil, triplet_distances
+from flashmetric.indices import TripletIndices
 from flashmetric.labels import Labels
 from flashmetric.ops import Hardest, HardestTriplets, PairDistance
-from flashmetric.ops.distance import Distance
+from flashmetric.ops.distance import Distance, accumulate_dtype
 from flashmetric.ops.hardest_triplets import reduce_triplets, triplet_hinge
 from flashmetric.ops.terms import Formula
 
@@ -50,7 +58,7 @@ def triplet_margin_loss(
     embeddings: Tensor,
     labels: Tensor | Labels | None = None,
     *,
-    margin: float = 0.2,
+    margin: float | Tensor = 0.2,
     distance: Distance | Metric = "euclidean",
     mining: Mining = "batch_hard",
     type_of_triplets: Types = "all",
@@ -90,7 +98,10 @@ def triplet_margin_loss(
         labels: class of each anchor, shape [N], int64, int32 or bool, or :class:`Labels`. May be
             None with ``indices_tuple``.
         margin: how much farther than the positive the negative should be, in the unit of the
-            distance. Default: 0.2.
+            distance; or one for each given triplet, a tensor [T] beside an ``indices_tuple`` of
+            triplets, such as of a gap by relevance; or for ``"batch_all"`` one per class of the
+            anchor and class of the negative, a tensor [C, C] for labels 0 ... C - 1, such as of a
+            class hierarchy. Tensors may learn. Default: 0.2.
         distance: a name (see :mod:`flashmetric.distances`) or a distance with parameters. Default:
             ``"euclidean"``. "cosine", "angular" and "sqrt_cosine" normalise the rows themselves.
         mining: which triplets; ignored with ``indices_tuple``.
@@ -109,7 +120,8 @@ def triplet_margin_loss(
         smooth: softplus in place of the hinge. Default: False.
         hinge: False for the bare difference, which has no lower bound. Default: True.
         swap: use the distance of positive and negative where that is smaller than the distance of
-            anchor and negative; not for ``"batch_all"``. Default: False.
+            anchor and negative; not for ``"batch_all"`` (list the triplets by an ``indices_tuple``
+            for that). Default: False.
         scale: factor on every triplet. Default: 1.
         anchor_scale: compare the rows with anchors this many times as long; not for distances of
             unit rows. Default: 1.
@@ -207,6 +219,15 @@ def triplet_margin_loss(
         normalize,
         exact,
     )
+    if swap and mining == "batch_all" and indices_tuple is None:
+        raise ValueError(
+            "swap must be False with batch_all mining, which lists no triplets to swap; got True "
+            "without an indices_tuple"
+        )
+    margins: float | Tensor = 0.0
+    if isinstance(margin, Tensor):
+        check_margins(margin, indices_tuple, mining, type_of_triplets)
+        margins, margin = margin.to(accumulate_dtype(embeddings.dtype)), 0.0
     margin, scale = float(margin), float(scale)
     plain = not isinstance(labels, Labels) and not isinstance(ref_labels, Labels)
     # On explicit matrices nothing is fused, and everything exact.
@@ -241,13 +262,19 @@ def triplet_margin_loss(
     )
     if mining == "batch_all" and not isinstance(pairs, ListedPairs):
         formula: Formula = "softplus" if smooth else "hinge" if hinge else "linear"
-        sums = batch_all_sums(pairs, margin, formula, type_of_triplets, max_positives)
+        if isinstance(margins, Tensor):
+            if not isinstance(pairs, AllPairs) or pairs.rule != "equal" or pairs.labels.ndim > 1:
+                raise TypeError("labels must be plain class numbers with a margin per class pair")
+            sums = batch_all_sums_by_class(pairs, margins, formula, max_positives)
+        else:
+            sums = batch_all_sums(pairs, margin, formula, type_of_triplets, max_positives)
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         return _times(scale, spoil(pairs, reduce_sums(sums, reduction, dtype)))
     d_ap, d_an, valid = triplet_distances(
         pairs, mining, swap=swap, keep=keep, max_positives=max_positives
     )
-    loss = _form(d_ap - d_an + margin, smooth, hinge)  # [N, K], or [T] given
+    # [N, K], or [T] given, of which each may have a margin of its own.
+    loss = _form(d_ap - d_an + (margin + margins), smooth, hinge)
     if reduction == "none" and loss.ndim == 2:
         loss = loss if valid is None else torch.where(valid, loss, 0)
         return _times(scale, spoil(pairs, loss.sum(1)))
@@ -256,7 +283,7 @@ def triplet_margin_loss(
 
 
 def check_triplet_options(
-    margin: float,
+    margin: float | Tensor,
     distance: str | Metric,
     mining: str,
     type_of_triplets: str,
@@ -272,7 +299,8 @@ def check_triplet_options(
     exact: bool,
 ) -> None:
     """Raise unless the options of :func:`triplet_margin_loss` are valid."""
-    check_number("margin", margin)
+    if not isinstance(margin, Tensor):
+        check_number("margin", margin)
     check_distance(distance, normalize)
     check_choice("mining", mining, _MINING)
     check_choice("type_of_triplets", type_of_triplets, TYPES)
@@ -294,8 +322,40 @@ def check_triplet_options(
             f"type_of_triplets must be 'all' except for batch_all mining without smooth; "
             f"got {type_of_triplets!r}"
         )
-    if swap and mining == "batch_all":
-        raise ValueError("swap must be False with batch_all mining")
+
+
+def check_margins(
+    margin: Tensor, indices_tuple: tuple[Tensor, ...] | None, mining: str, type_of_triplets: str
+) -> None:
+    """Raise unless there is one margin per listed triplet, or one per pair of classes."""
+    square = margin.ndim == 2 and margin.shape[0] == margin.shape[1]
+    if indices_tuple is None and not square:
+        raise TypeError(
+            "margin must be a number, got Tensor, which may come beside an indices_tuple of "
+            "triplets, or with a row and a column per class for batch_all mining; its shape is "
+            f"{tuple(margin.shape)}"
+        )
+    if not margin.is_floating_point():
+        raise TypeError(f"margin must be a floating-point tensor, got {margin.dtype}")
+    if indices_tuple is None:
+        if mining != "batch_all" or type_of_triplets != "all":
+            raise ValueError(
+                "margin must be a number except for batch_all mining of all triplets; got a "
+                f"tensor with mining {mining!r} and type_of_triplets {type_of_triplets!r}"
+            )
+        return
+    if not isinstance(indices_tuple, TripletIndices) and len(indices_tuple) != 3:
+        raise TypeError("margin must be a number, got Tensor with an indices_tuple of pairs")
+    if margin.shape != indices_tuple[0].shape:
+        raise ValueError(
+            f"margin must have shape {tuple(indices_tuple[0].shape)}, one per triplet; "
+            f"got {tuple(margin.shape)}"
+        )
+    if margin.device != indices_tuple[0].device:
+        raise ValueError(
+            f"margin must have the device of the triplets, {indices_tuple[0].device}; "
+            f"got {margin.device}"
+        )
 
 
 def check_max_positives(max_positives: object) -> None:

@@ -78,8 +78,8 @@ def triplet_distances(
         max_positives: list no more positives per anchor than these farthest ones.
     """
     if isinstance(pairs, ListedPairs):
-        _, p, n, d_ap, d_an = pairs.triplets()
-        return d_ap, _swapped(pairs, p, n, d_an) if swap else d_an, None
+        _, p, n, d_ap, d_an, valid = pairs.triplets()
+        return d_ap, _swapped(pairs, p, n, d_an) if swap else d_an, valid
     positive, negative = select_pairs(pairs, mining, max_positives)
     valid = positive.valid & negative.valid
     d_ap, d_an = positive.distance, negative.distance

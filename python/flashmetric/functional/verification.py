@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verification: learned decisions whether two rows are of one class, as losses."""
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from flashmetric.checks import check_choice, check_flag, check_parameter, check_rows
@@ -18,6 +20,7 @@ from flashmetric.functional.pairs import Pairs, Term
 from flashmetric.functional.similarity import SIMILARITIES, Similarity, similarity_term
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import accumulate_dtype
+from flashmetric.ops.first_order import first_order_only
 
 Features = Literal["cityblock", "chi2"]
 _FEATURES = get_args(Features)
@@ -143,8 +146,9 @@ def verification_loss(
         embeddings: anchors, shape [N, D].
         labels: class of each anchor, shape [N].
         weight: w, shape [D]: how much each feature's difference speaks against one class. Over
-            labelled pairs negative weights count as 0; listed pairs take weights of any sign. A
-            weight of exactly 0 gets no gradient.
+            labelled pairs a weight that is not above 0 counts as 0, and gets the gradient of a
+            weight of 0 where a descent would raise it, so that it finds its way back; one that
+            would lower it further is withheld. Listed pairs take weights of any sign.
         bias: b, a number or a learned 0-d tensor. Default: 0.
         distance: ``"cityblock"`` (default) for magnitudes of differences, ``"chi2"`` for their
             squares over the sums, of features that are not negative; 0 / 0 is 0.
@@ -193,14 +197,47 @@ def verification_loss(
             indices_tuple=indices_tuple,
         )
 
-    pairs = weigh(weight.clamp(min=0))
-    if isinstance(pairs, ListedPairs):
-        against = weigh((-weight).clamp(min=0))
-        assert isinstance(against, ListedPairs)
+    if indices_tuple is None:
+        pairs = weigh(_not_negative(weight))
+    else:
+        signed = weight + (weight == 0) * _trace(weight.dtype)
+        pairs, against = weigh(signed.clamp(min=0)), weigh((-signed).clamp(min=0))
+        assert isinstance(pairs, ListedPairs) and isinstance(against, ListedPairs)
         pairs = pairs.minus(against)
     bias = as_parameter(bias, embeddings)
     positive, negative = Term("softplus", 1.0, -bias), Term("softplus", -1.0, bias)
     return reduce_pairs(pairs, positive, negative, reduction)
+
+
+def _trace(dtype: torch.dtype) -> float:
+    """What stands in for a weight of 0: too small to change a distance.
+
+    The kernels measure weighted rows. At a weight of exactly 0 these all agree, and so tell nothing
+    of what another weight would do. A power of two, so that the products are exact, the square of
+    which, for chi2, is a normal number.
+    """
+    return 2.0**-100 if dtype == torch.float64 else 2.0**-40
+
+
+class _NotNegative(torch.autograd.Function):
+    """Weights above 0, and a trace in place of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        trace = _trace(weight.dtype)
+        low = weight <= trace
+        ctx.save_for_backward(low)
+        # NaN stays.
+        return weight.masked_fill(low, trace)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (low,) = ctx.saved_tensors
+        return grad.masked_fill(low & (grad > 0), 0)
+
+
+_not_negative: Callable[[Tensor], Tensor] = _NotNegative.apply
 
 
 def check_verification_options(

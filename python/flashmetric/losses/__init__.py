@@ -34,6 +34,7 @@ from flashmetric.losses.softmax import (
     NTXentLoss,
     SupConLoss,
 )
+from flashmetric.losses.temperature import LearnedTemperature
 from flashmetric.losses.triplets import (
     LMNNLoss,
     TripletMarginLoss,
@@ -57,6 +58,7 @@ __all__ = [
     "GeneralizedLiftedStructureLoss",
     "InfoNCELoss",
     "LMNNLoss",
+    "LearnedTemperature",
     "LiftedStructureLoss",
     "LogisticDistanceLoss",
     "Loss",

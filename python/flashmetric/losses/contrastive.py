@@ -1,29 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contrastive loss as a module, and the many losses of that name."""
 
-from typing import Any, Literal
+from typing import Any
 
-from flashmetric.checks import check_choice
+from torch import Tensor
+
 from flashmetric.distances import Metric
 from flashmetric.functional.contrastive import Power, check_contrastive_options, contrastive_loss
 from flashmetric.functional.pair_reduction import PairReduction
+from flashmetric.labels import Labels
 from flashmetric.losses.base import Loss
 from flashmetric.ops.distance import Distance
-
-ContrastivePreset = Literal[
-    "pml",
-    "sentence_transformers",
-    "tensorflow_addons",
-    "hadsell",
-    "caffe_legacy",
-    "tum",
-    "carlevaris",
-    "fracking",
-    "hoffer",
-    "deepid2",
-    "deepid2_l1",
-    "radenovic",
-]
 
 _HALF_SQUARES: dict[str, Any] = {"power": 2, "scale": 0.5, "reduction": "mean"}
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -57,6 +44,27 @@ class ContrastiveLoss(Loss):
         reduction: ``"mean"``, ``"mean_separate"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
         normalize: scale rows to unit length first.
 
+    Presets:
+        With D the distance, m the margin, ``+`` for positive and ``-`` for negative pairs. Means
+        are over all pairs, and m is 1, unless told. Of squared distances m is given squared.
+
+        - ``"pml"``, pytorch-metric-learning: + D, - (m - D)₊ of unit rows, means over pairs above 0
+        - ``"sentence_transformers"``: + D²/2, - (m - D)₊²/2 of the cosine distance, m = 0.5
+        - ``"tensorflow_addons"``: + D², - (m - D)₊²
+        - ``"hadsell"``, Hadsell, Chopra, LeCun, CVPR 2006, and Caffe: + D²/2, - (m - D)₊²/2
+        - ``"caffe_legacy"``, Caffe's ``legacy_version``, the "alternative form" of Bui et al., who
+          credit it to Chopra: + D²/2, - (m - D²)₊/2
+        - ``"tum"``, lectures of Leal-Taixe and Niessner: + D², - (m² - D²)₊; ``neg_margin`` is m²
+        - ``"carlevaris"``, Carlevaris-Bianco and Eustice, IROS 2014: + s D², - (1 - D²)₊; pass
+          weights s of the anchors as ``pos_weight``, of single pairs by
+          :func:`flashmetric.functional.labelled_pairs`
+        - ``"fracking"``, Simo-Serra et al., ICCV 2015: + D, - (m - D)₊, m = 4
+        - ``"hoffer"``, the Siamese baseline of Hoffer and Ailon: + D², - (m - D)₊²
+        - ``"deepid2"``, Sun et al., NIPS 2014: "hadsell"; multiply by its weight beside the
+          identification loss
+        - ``"deepid2_l1"``: the same of the L1 norm
+        - ``"radenovic"``, Radenović et al., ECCV 2016: "hadsell" as a sum, m = 0.7, for unit rows
+
     Example:
         >>> from flashmetric import ContrastiveLoss
         >>> ContrastiveLoss(neg_margin=0.5).neg_margin
@@ -67,6 +75,7 @@ class ContrastiveLoss(Loss):
 
     function = staticmethod(contrastive_loss)
     check = staticmethod(check_contrastive_options)
+    presets = _PRESETS
 
     def __init__(
         self,
@@ -93,38 +102,26 @@ class ContrastiveLoss(Loss):
         self.neg_margin = float(neg_margin)
         self.scale = float(scale)
 
-    @classmethod
-    def preset(cls, name: ContrastivePreset, **overrides: Any) -> "ContrastiveLoss":
-        """The loss as another library, a paper or a course defines it.
-
-        With D the distance, m the margin, ``+`` for positive and ``-`` for negative pairs. Means
-        are over all pairs, and m is 1, unless told. Of squared distances m is given squared.
-
-        - ``"pml"``, pytorch-metric-learning: + D, - (m - D)₊ of unit rows, means over pairs above 0
-        - ``"sentence_transformers"``: + D²/2, - (m - D)₊²/2 of the cosine distance, m = 0.5
-        - ``"tensorflow_addons"``: + D², - (m - D)₊²
-        - ``"hadsell"``, Hadsell, Chopra, LeCun, CVPR 2006, and Caffe: + D²/2, - (m - D)₊²/2
-        - ``"caffe_legacy"``, Caffe's ``legacy_version``, the "alternative form" of Bui et al., who
-          credit it to Chopra: + D²/2, - (m - D²)₊/2
-        - ``"tum"``, lectures of Leal-Taixe and Niessner: + D², - (m² - D²)₊; ``neg_margin`` is m²
-        - ``"carlevaris"``, Carlevaris-Bianco and Eustice, IROS 2014: + s D², - (1 - D²)₊; for
-          weights s see :func:`flashmetric.functional.labelled_pairs`
-        - ``"fracking"``, Simo-Serra et al., ICCV 2015: + D, - (m - D)₊, m = 4
-        - ``"hoffer"``, the Siamese baseline of Hoffer and Ailon: + D², - (m - D)₊²
-        - ``"deepid2"``, Sun et al., NIPS 2014: "hadsell"; multiply by its weight beside the
-          identification loss
-        - ``"deepid2_l1"``: the same of the L1 norm
-        - ``"radenovic"``, Radenović et al., ECCV 2016: "hadsell" as a sum, m = 0.7, for unit rows
-
-        Args:
-            name: one of these.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        check_choice("name", name, tuple(_PRESETS))
-        return cls(**{**_PRESETS[name], **overrides})
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | Labels | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | Labels | None = None,
+        *,
+        pos_weight: float | Tensor = 1.0,
+    ) -> Tensor:
+        """See :func:`flashmetric.functional.contrastive_loss`."""
+        return contrastive_loss(
+            embeddings,
+            labels,
+            pos_weight=pos_weight,
+            ref_emb=ref_emb,
+            ref_labels=ref_labels,
+            indices_tuple=indices_tuple,
+            **self._arguments(),
+        )
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as the constructor takes them."""

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses on log-sum-exps over each anchor's positives and negatives."""
 
-from typing import Any, Literal
-
-from flashmetric.checks import check_choice
 from flashmetric.distances import Metric
 from flashmetric.functional import (
     adaptive_triplet,
@@ -13,6 +10,7 @@ from flashmetric.functional import (
     ranked_list,
 )
 from flashmetric.functional.anchor_reduction import Reduction
+from flashmetric.functional.normalize import L2Power
 from flashmetric.losses.base import Loss
 from flashmetric.ops.distance import Distance
 
@@ -32,6 +30,9 @@ class MultiSimilarityLoss(Loss):
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
 
+    Presets:
+        ``"official"``, the authors' configuration; ``"pml"``, pytorch-metric-learning.
+
     Example:
         >>> from flashmetric import MultiSimilarityLoss
         >>> MultiSimilarityLoss.preset("official").beta
@@ -40,6 +41,7 @@ class MultiSimilarityLoss(Loss):
 
     function = staticmethod(multi_similarity.multi_similarity_loss)
     check = staticmethod(multi_similarity.check_multi_similarity_options)
+    presets = {"official": {"beta": 40.0, "mining": True}, "pml": {"beta": 50.0}}
 
     def __init__(
         self,
@@ -65,24 +67,6 @@ class MultiSimilarityLoss(Loss):
             reduction=reduction,
         )
 
-    @classmethod
-    def preset(cls, name: Literal["official", "pml"], **overrides: Any) -> "MultiSimilarityLoss":
-        """The loss as others define it by default.
-
-        Args:
-            name: ``"official"`` for the authors' configuration, or ``"pml"``.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        presets: dict[str, dict[str, Any]] = {
-            "official": {"beta": 40.0, "mining": True},
-            "pml": {"beta": 50.0},
-        }
-        check_choice("name", name, tuple(presets))
-        return cls(**{**presets[name], **overrides})
-
 
 class LiftedStructureLoss(Loss):
     """Each positive pair against the negatives of both of its rows.
@@ -93,9 +77,14 @@ class LiftedStructureLoss(Loss):
         neg_margin: margin of the negatives.
         pos_margin: margin of the positives.
         max_positives: how many positives of an anchor take part; None for all.
+        l2: weight of the regulariser on the lengths of rows.
+        l2_power: 2 for squared lengths, or 1.
         distance: a name or a distance with parameters.
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
+
+    Presets:
+        ``"pml"``, pytorch-metric-learning: rows of unit length.
 
     Example:
         >>> from flashmetric import LiftedStructureLoss
@@ -105,6 +94,7 @@ class LiftedStructureLoss(Loss):
 
     function = staticmethod(lifted_structure.lifted_structure_loss)
     check = staticmethod(lifted_structure.check_lifted_structure_options)
+    presets = {"pml": {"normalize": True}}
 
     def __init__(
         self,
@@ -112,6 +102,8 @@ class LiftedStructureLoss(Loss):
         *,
         pos_margin: float = 0.0,
         max_positives: int | None = None,
+        l2: float = 0.0,
+        l2_power: L2Power = 2,
         distance: Distance | Metric = "euclidean",
         normalize: bool = False,
         reduction: Reduction = "mean",
@@ -121,27 +113,12 @@ class LiftedStructureLoss(Loss):
             neg_margin=neg_margin,
             pos_margin=pos_margin,
             max_positives=max_positives,
+            l2=l2,
+            l2_power=l2_power,
             distance=distance,
             normalize=normalize,
             reduction=reduction,
         )
-
-    @classmethod
-    def preset(cls, name: Literal["pml"], **overrides: Any) -> "LiftedStructureLoss":
-        """The loss as others define it by default.
-
-        Args:
-            name: ``"pml"``.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        presets: dict[str, dict[str, Any]] = {
-            "pml": {"normalize": True},
-        }
-        check_choice("name", name, tuple(presets))
-        return cls(**{**presets[name], **overrides})
 
 
 class GeneralizedLiftedStructureLoss(Loss):
@@ -156,6 +133,9 @@ class GeneralizedLiftedStructureLoss(Loss):
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
 
+    Presets:
+        ``"pml"``, pytorch-metric-learning: rows of unit length.
+
     Example:
         >>> from flashmetric import GeneralizedLiftedStructureLoss
         >>> GeneralizedLiftedStructureLoss(0.5).neg_margin
@@ -164,6 +144,7 @@ class GeneralizedLiftedStructureLoss(Loss):
 
     function = staticmethod(lifted_structure.generalized_lifted_structure_loss)
     check = staticmethod(lifted_structure.check_generalized_lifted_structure_options)
+    presets = {"pml": {"normalize": True}}
 
     def __init__(
         self,
@@ -182,23 +163,6 @@ class GeneralizedLiftedStructureLoss(Loss):
             normalize=normalize,
             reduction=reduction,
         )
-
-    @classmethod
-    def preset(cls, name: Literal["pml"], **overrides: Any) -> "GeneralizedLiftedStructureLoss":
-        """The loss as others define it by default.
-
-        Args:
-            name: ``"pml"``.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        presets: dict[str, dict[str, Any]] = {
-            "pml": {"normalize": True},
-        }
-        check_choice("name", name, tuple(presets))
-        return cls(**{**presets[name], **overrides})
 
 
 class AdaptiveWeightedTripletLoss(Loss):
@@ -302,6 +266,9 @@ class NCALoss(Loss):
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
 
+    Presets:
+        ``"pml"``, pytorch-metric-learning: rows of unit length.
+
     Example:
         >>> from flashmetric import NCALoss
         >>> NCALoss(form="probability").form
@@ -310,6 +277,7 @@ class NCALoss(Loss):
 
     function = staticmethod(nca.nca_loss)
     check = staticmethod(nca.check_nca_options)
+    presets = {"pml": {"normalize": True}}
 
     def __init__(
         self,
@@ -328,20 +296,3 @@ class NCALoss(Loss):
             normalize=normalize,
             reduction=reduction,
         )
-
-    @classmethod
-    def preset(cls, name: Literal["pml"], **overrides: Any) -> "NCALoss":
-        """The loss as others define it by default.
-
-        Args:
-            name: ``"pml"``.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        presets: dict[str, dict[str, Any]] = {
-            "pml": {"normalize": True},
-        }
-        check_choice("name", name, tuple(presets))
-        return cls(**{**presets[name], **overrides})

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from flashmetric.checks import check_flag, check_number
+from flashmetric.checks import check_count, check_flag, check_number
 from flashmetric.distances import Metric
 from flashmetric.functional.margin import MarginReduction, check_margin_options, margin_loss
 from flashmetric.losses.base import Loss
@@ -18,10 +18,11 @@ class MarginLoss(Loss):
 
     Args:
         margin: half the width of the gap.
-        nu: weight of the regulariser of a learned beta.
+        nu: weight of the regulariser of a learned beta; needs ``learn_beta``.
         beta: the boundary between positives and negatives, or where it begins.
         learn_beta: make beta a parameter. Give it a learning rate of its own (5e-4 is common).
-        num_classes: learn one beta per class; labels then number the classes from 0.
+        num_classes: learn one beta per class; labels then number the classes from 0. Needs
+            ``learn_beta``.
         distance: ``"euclidean"``, or another one.
         reduction: ``"mean_nonzero"``, ``"mean"``, ``"sum"`` or ``"none"``.
         normalize: scale rows to unit length first.
@@ -50,8 +51,14 @@ class MarginLoss(Loss):
         """Check and store the hyper-parameters."""
         check_number("beta", beta)
         check_flag("learn_beta", learn_beta)
-        if num_classes is not None and (isinstance(num_classes, bool) or num_classes < 1):
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        check_number("nu", nu)
+        if num_classes is not None:
+            check_count("num_classes", num_classes)
+        if not learn_beta and (num_classes is not None or nu != 0):
+            name, got = ("num_classes", num_classes) if num_classes is not None else ("nu", nu)
+            raise ValueError(
+                f"learn_beta must be True with {name}, which is of a learned beta; got {name}={got}"
+            )
         boundary: float | Tensor = float(beta)
         if learn_beta:
             shape = () if num_classes is None else (num_classes,)

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses that add up a function of the distance of each pair, as modules."""
 
-from typing import Any, Literal
-
-from flashmetric.checks import check_choice
 from flashmetric.distances import Metric
 from flashmetric.functional import cosine_pairs, deviance, distance_pairs, snr
 from flashmetric.functional.pair_reduction import PairReduction
@@ -212,6 +209,9 @@ class SNRContrastiveLoss(Loss):
         reduction: ``"mean"``, ``"mean_separate"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
         normalize: scale rows to unit length first.
 
+    Presets:
+        ``"pml"``, pytorch-metric-learning, which has no regulariser.
+
     Example:
         >>> from flashmetric import SNRContrastiveLoss
         >>> SNRContrastiveLoss.preset("pml").regularization
@@ -220,6 +220,7 @@ class SNRContrastiveLoss(Loss):
 
     function = staticmethod(snr.snr_contrastive_loss)
     check = staticmethod(snr.check_snr_options)
+    presets = {"pml": {"regularization": 0.0}}
 
     def __init__(
         self,
@@ -238,17 +239,3 @@ class SNRContrastiveLoss(Loss):
             reduction=reduction,
             normalize=normalize,
         )
-
-    @classmethod
-    def preset(cls, name: Literal["pml"], **overrides: Any) -> "SNRContrastiveLoss":
-        """The loss as another library defines it by default.
-
-        Args:
-            name: ``"pml"``, which has no regulariser.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        check_choice("name", name, ("pml",))
-        return cls(**{"regularization": 0.0, **overrides})

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses on the ranking of each anchor's pairs, and on the hardest of them."""
 
-from typing import Any, Literal
-
-from flashmetric.checks import check_choice
 from flashmetric.distances import Metric
 from flashmetric.functional import fast_ap, quadruplet
 from flashmetric.functional.anchor_reduction import Reduction
@@ -55,6 +52,9 @@ class QuadrupletLoss(Loss):
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"mean_nonzero"``, ``"sum"`` or ``"none"``.
 
+    Presets:
+        ``"rdml"``, distances and margins of Revisiting Deep Metric Learning.
+
     Example:
         >>> from flashmetric import QuadrupletLoss
         >>> QuadrupletLoss.preset("rdml").distance
@@ -63,6 +63,7 @@ class QuadrupletLoss(Loss):
 
     function = staticmethod(quadruplet.quadruplet_loss)
     check = staticmethod(quadruplet.check_quadruplet_options)
+    presets = {"rdml": {"distance": "euclidean", "normalize": True}}
 
     def __init__(
         self,
@@ -83,20 +84,3 @@ class QuadrupletLoss(Loss):
             normalize=normalize,
             reduction=reduction,
         )
-
-    @classmethod
-    def preset(cls, name: Literal["rdml"], **overrides: Any) -> "QuadrupletLoss":
-        """The loss as others define it by default.
-
-        Args:
-            name: ``"rdml"``, distances and margins of Revisiting Deep Metric Learning.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        presets: dict[str, dict[str, Any]] = {
-            "rdml": {"distance": "euclidean", "normalize": True},
-        }
-        check_choice("name", name, tuple(presets))
-        return cls(**{**presets[name], **overrides})

@@ -2,17 +2,19 @@
 """Losses that are a softmax over pairs: one positive, or several, against all negatives."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashmetric import functional as F
-from flashmetric.checks import check_choice, check_flag
+from flashmetric.checks import check_flag, check_positive
 from flashmetric.distances import Metric
 from flashmetric.functional import angular, circle, image_text, info_nce, n_pairs, sup_con
-from flashmetric.functional.softmax_rows import Form, Reduction, check_positive
+from flashmetric.functional.normalize import L2Power
+from flashmetric.functional.softmax_rows import Form, Reduction
 from flashmetric.losses.base import Loss
+from flashmetric.losses.temperature import LearnedTemperature
 from flashmetric.ops.distance import Distance
 
 _N_PAIRS_PRESETS: dict[str, dict[str, Any]] = {
@@ -37,6 +39,10 @@ class NPairsLoss(Loss):
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
+    Presets:
+        The regulariser of others: ``"paper"``, ``"pml"`` (none, unit rows), ``"rdml"`` (unsquared
+        lengths) and ``"tensorflow_addons"``.
+
     Example:
         >>> from flashmetric import NPairsLoss
         >>> NPairsLoss.preset("paper").l2
@@ -45,12 +51,13 @@ class NPairsLoss(Loss):
 
     function = staticmethod(F.n_pairs_loss)
     check = staticmethod(n_pairs.check_n_pairs_options)
+    presets = _N_PAIRS_PRESETS
 
     def __init__(
         self,
         l2: float = 0.0,
         *,
-        l2_power: n_pairs.L2Power = 2,
+        l2_power: L2Power = 2,
         distance: Distance | Metric = "dot",
         normalize: bool = False,
         reduction: Reduction = "mean",
@@ -60,29 +67,13 @@ class NPairsLoss(Loss):
             l2=l2, l2_power=l2_power, distance=distance, normalize=normalize, reduction=reduction
         )
 
-    @classmethod
-    def preset(
-        cls, name: Literal["paper", "pml", "rdml", "tensorflow_addons"], **overrides: Any
-    ) -> "NPairsLoss":
-        """The regulariser of the paper or of another library.
-
-        Args:
-            name: ``"paper"``, ``"pml"`` (none, unit rows), ``"rdml"`` (unsquared lengths) or
-                ``"tensorflow_addons"``.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        check_choice("name", name, tuple(_N_PAIRS_PRESETS))
-        return cls(**{**_N_PAIRS_PRESETS[name], **overrides})
-
 
 class InfoNCELoss(Loss):
     """InfoNCE of two towers, see :func:`flashmetric.functional.info_nce_loss`.
 
     Args:
-        temperature: what similarities are divided by; an ``nn.Parameter`` is learned.
+        temperature: what similarities are divided by; a :class:`LearnedTemperature` is learned
+            safely, an ``nn.Parameter`` as it is.
         distance: a name or a distance with parameters; similarities are minus the distance.
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -100,7 +91,7 @@ class InfoNCELoss(Loss):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.07,
+        temperature: float | Tensor | LearnedTemperature = 0.07,
         *,
         distance: Distance | Metric = "cosine",
         normalize: bool = False,
@@ -116,7 +107,8 @@ class NTXentLoss(Loss):
     """NT-Xent over labelled rows, see :func:`flashmetric.functional.ntxent_loss`.
 
     Args:
-        temperature: what similarities are divided by; an ``nn.Parameter`` is learned.
+        temperature: what similarities are divided by; a :class:`LearnedTemperature` is learned
+            safely, an ``nn.Parameter`` as it is.
         distance: a name or a distance with parameters; similarities are minus the distance.
         normalize: scale rows to unit length first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -136,7 +128,7 @@ class NTXentLoss(Loss):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.07,
+        temperature: float | Tensor | LearnedTemperature = 0.07,
         *,
         distance: Distance | Metric = "cosine",
         normalize: bool = False,
@@ -152,7 +144,8 @@ class SupConLoss(Loss):
     """Supervised contrastive loss, see :func:`flashmetric.functional.sup_con_loss`.
 
     Args:
-        temperature: what similarities are divided by; an ``nn.Parameter`` is learned.
+        temperature: what similarities are divided by; a :class:`LearnedTemperature` is learned
+            safely, an ``nn.Parameter`` as it is.
         form: ``"out"`` or ``"in"``: whether positives are averaged outside of the logarithm.
         distance: a name or a distance with parameters; similarities are minus the distance.
         normalize: scale rows to unit length first.
@@ -169,7 +162,7 @@ class SupConLoss(Loss):
 
     def __init__(
         self,
-        temperature: float | Tensor = 0.1,
+        temperature: float | Tensor | LearnedTemperature = 0.1,
         *,
         form: Form = "out",
         distance: Distance | Metric = "cosine",
@@ -220,7 +213,12 @@ class AngularLoss(Loss):
         l2_power: 2 for squared lengths in it, or 1.
         normalize: scale rows, the negatives included, to unit length first.
         max_positives: how many positives of an anchor to take; None for all.
+        form: ``"log"`` for the smooth form of the paper's batches, or ``"hinge"``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Presets:
+        ``"pml"``: 40 degrees; that library's negatives are as long as they come, here all rows have
+        unit length. ``"rdml"``: on top of the N-pairs loss.
 
     Example:
         >>> from flashmetric import AngularLoss
@@ -230,6 +228,7 @@ class AngularLoss(Loss):
 
     function = staticmethod(F.angular_loss)
     check = staticmethod(angular.check_angular_options)
+    presets = _ANGULAR_PRESETS
 
     def __init__(
         self,
@@ -237,9 +236,10 @@ class AngularLoss(Loss):
         *,
         n_pairs_lambda: float | None = None,
         l2: float = 0.0,
-        l2_power: n_pairs.L2Power = 2,
+        l2_power: L2Power = 2,
         normalize: bool = True,
         max_positives: int | None = None,
+        form: angular.AngularForm = "log",
         reduction: Reduction = "mean",
     ) -> None:
         """Check and store the hyper-parameters."""
@@ -250,23 +250,9 @@ class AngularLoss(Loss):
             l2_power=l2_power,
             normalize=normalize,
             max_positives=max_positives,
+            form=form,
             reduction=reduction,
         )
-
-    @classmethod
-    def preset(cls, name: Literal["pml", "rdml"], **overrides: Any) -> "AngularLoss":
-        """The loss with the hyper-parameters of another library.
-
-        Args:
-            name: ``"pml"`` (40 degrees; its negatives are as long as they come, here all rows have
-                unit length) or ``"rdml"`` (on top of the N-pairs loss).
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        check_choice("name", name, tuple(_ANGULAR_PRESETS))
-        return cls(**{**_ANGULAR_PRESETS[name], **overrides})
 
 
 class ContrastiveImageTextLoss(Loss):

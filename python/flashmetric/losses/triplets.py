@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triplet losses as modules, and the many losses of those names."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from flashmetric.checks import check_choice
 from flashmetric.distances import SNR, Metric
 from flashmetric.functional.batch_all import Types
 from flashmetric.functional.lmnn import Reduction as LMNNReduction
@@ -15,6 +13,7 @@ from flashmetric.functional.triplet import (
     Empty,
     Mining,
     Reduction,
+    check_margins,
     check_triplet_options,
     triplet_margin_loss,
 )
@@ -30,27 +29,11 @@ from flashmetric.labels import Labels
 from flashmetric.losses.base import Loss
 from flashmetric.ops.distance import Distance
 
-TripletPreset = Literal[
-    "pml",
-    "sentence_transformers",
-    "tensorflow_addons",
-    "tubui",
-    "tubui_scaled_anchor",
-    "facenet",
-    "deep_ranking",
-    "sqrt_cosine",
-    "wang_gupta",
-    "in_defense",
-    "in_defense_soft",
-    "in_defense_none",
-    "cosine_softplus",
-    "snr",
-    "l1",
-]
-
 _SQUARED: dict[str, Any] = {"distance": "sqeuclidean"}
+_PML: dict[str, Any] = {"margin": 0.05, "normalize": True, "reduction": "mean_nonzero"}
 _PRESETS: dict[str, dict[str, Any]] = {
-    "pml": {"margin": 0.05, "normalize": True, "reduction": "mean_nonzero"},
+    "pml": {**_PML, "mining": "batch_all"},
+    "pml_batch_hard": _PML,
     "sentence_transformers": {"margin": 5.0, "empty": "keep"},
     "tensorflow_addons": {"margin": 1.0, "empty": "keep"},
     "tubui": {**_SQUARED, "margin": 1.0, "scale": 0.5},
@@ -64,10 +47,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "in_defense_soft": {"margin": 0.0, "smooth": True},
     "in_defense_none": {"margin": 0.0, "hinge": False},
     "cosine_softplus": {"distance": "cosine", "margin": 0.0, "smooth": True},
+    "snr": {"distance": SNR, "margin": 0.2},
     "l1": {"distance": "cityblock", "margin": 0.2},
 }
-# Modules are made for each loss anew.
-_METRIC_PRESETS: dict[str, Callable[[], Metric]] = {"snr": SNR}
 
 
 class TripletMarginLoss(Loss):
@@ -78,7 +60,8 @@ class TripletMarginLoss(Loss):
     (unless the distance learns).
 
     Args:
-        margin: how much farther than the positive the negative should be.
+        margin: how much farther than the positive the negative should be; for ``"batch_all"`` also
+            a tensor [C, C], of the classes of anchor and negative: a buffer, or a parameter.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         mining: ``"batch_hard"``, ``"batch_all"``, ``"semi_hard"``, ``"semi_hard_anchor"``,
             ``"easy_positive"`` or ``"easy_positive_semi_hard"``.
@@ -95,20 +78,33 @@ class TripletMarginLoss(Loss):
         normalize: scale rows to unit length first.
         exact: mine by exact distances instead of keys that rounding may swap; slower.
 
+    Presets:
+        - ``"pml"``, pytorch-metric-learning without a miner: all triplets, rows of unit length,
+          margin 0.05, mean over the triplets with a loss; ``"pml_batch_hard"``, the same of the
+          triplets that its ``BatchHardMiner`` chooses
+        - ``"sentence_transformers"`` and ``"tensorflow_addons"``, batch-hard; with
+          ``mining="semi_hard"`` their semi-hard losses
+        - ``"tubui"``, half the hinge of squared distances; ``"tubui_scaled_anchor"``, the same of
+          doubled anchors; ``"sqrt_cosine"``, the same with the root of 1 - cosine
+        - ``"facenet"``; ``"deep_ranking"``; ``"wang_gupta"``; ``"cosine_softplus"``; ``"snr"``;
+          ``"l1"``
+        - ``"in_defense"``, ``"in_defense_soft"``, ``"in_defense_none"``: hinge, softplus, neither
+
     Example:
         >>> from flashmetric import TripletMarginLoss
         >>> TripletMarginLoss(0.5, swap=True).margin
         0.5
-        >>> TripletMarginLoss.preset("pml", margin=0.1).reduction
-        'mean_nonzero'
+        >>> TripletMarginLoss.preset("pml", margin=0.1).mining
+        'batch_all'
     """
 
     function = staticmethod(triplet_margin_loss)
     check = staticmethod(check_triplet_options)
+    presets = _PRESETS
 
     def __init__(
         self,
-        margin: float = 0.2,
+        margin: float | Tensor = 0.2,
         *,
         distance: Distance | Metric = "euclidean",
         mining: Mining = "batch_hard",
@@ -125,6 +121,9 @@ class TripletMarginLoss(Loss):
         exact: bool = False,
     ) -> None:
         """Check and store the hyper-parameters."""
+        if isinstance(margin, Tensor):
+            # One per triplet goes with the triplets of one call: the function takes it.
+            check_margins(margin, None, mining, type_of_triplets)
         super().__init__(
             margin=margin,
             distance=distance,
@@ -142,32 +141,10 @@ class TripletMarginLoss(Loss):
             exact=exact,
         )
         # Plain numbers: compilers do not take those of NumPy.
-        self.margin = float(margin)
+        if not isinstance(margin, Tensor):
+            self.margin = float(margin)
         self.scale = float(scale)
         self.anchor_scale = float(anchor_scale)
-
-    @classmethod
-    def preset(cls, name: TripletPreset, **overrides: Any) -> "TripletMarginLoss":
-        """The loss as a paper or another library defines it by default.
-
-        Args:
-            name: ``"pml"`` (with ``mining="batch_all"``: without a miner),
-                ``"sentence_transformers"`` and ``"tensorflow_addons"`` (batch-hard; with
-                ``mining="semi_hard"`` their semi-hard losses); ``"tubui"``, half the hinge of
-                squared distances, and ``"tubui_scaled_anchor"``, of doubled anchors; ``"facenet"``;
-                ``"deep_ranking"``; ``"sqrt_cosine"``, ``"tubui"`` with the root of 1 - cosine;
-                ``"wang_gupta"``; ``"in_defense"``, ``"in_defense_soft"``, ``"in_defense_none"``:
-                hinge, softplus and neither; ``"cosine_softplus"``; ``"snr"``; ``"l1"``.
-            **overrides: hyper-parameters to set differently.
-
-        Raises:
-            ValueError: the preset is unknown.
-        """
-        check_choice("name", name, (*_PRESETS, *_METRIC_PRESETS))
-        options = dict(_PRESETS.get(name, {"margin": 0.2}))
-        if name in _METRIC_PRESETS and "distance" not in overrides:
-            options["distance"] = _METRIC_PRESETS[name]()
-        return cls(**{**options, **overrides})
 
 
 class TripletRatioLoss(Loss):
@@ -319,14 +296,13 @@ class LMNNLoss(Loss):
         self,
         embeddings: Tensor,
         labels: Tensor | Labels | None = None,
-        *,
-        target_neighbors: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | Labels | None = None,
-        indices_tuple: tuple[Tensor, ...] | None = None,
+        *,
+        target_neighbors: Tensor | None = None,
     ) -> Tensor:
         """See :func:`flashmetric.functional.lmnn_loss`."""
-        options = {name: getattr(self, name) for name in self._options}
         return lmnn_loss(
             embeddings,
             labels,
@@ -334,5 +310,5 @@ class LMNNLoss(Loss):
             ref_emb=ref_emb,
             ref_labels=ref_labels,
             indices_tuple=indices_tuple,
-            **options,
+            **self._arguments(),
         )

@@ -132,5 +132,4 @@ class PairHingeLoss(Loss):
 
     def forward(self, scores: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
         """See :func:`flashmetric.functional.pair_hinge_loss`."""
-        options = {name: getattr(self, name) for name in self._options}
-        return pair_hinge_loss(scores, y, **options)
+        return pair_hinge_loss(scores, y, **self._arguments())

@@ -3,7 +3,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +13,20 @@ from flashmetric.distances import Metric
 from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.pairs import PairLists
 from flashmetric.functional.scaled_anchor import prepare_scaled_pairs
+from flashmetric.indices import PairIndices, TripletIndices
 from flashmetric.labels import Labels
+from flashmetric.miners.mined_pairs import MinedPairs
 from flashmetric.ops.distance import Distance
 
-Indices = tuple[Tensor, ...]
-
-
-class TripletIndices(NamedTuple):
-    """Triplets in tensors of a size that does not depend on what was found, all [T]."""
-
-    anchors: Tensor
-    positives: Tensor
-    """-1 where none was found, as in ``negatives``."""
-    negatives: Tensor
-    valid: Tensor
-    """Which entries are triplets, bool."""
-
-    def indices(self) -> Indices:
-        """The triplets (a, p, n) alone; waits for the device to count them."""
-        keep = self.valid.nonzero().squeeze(1)
-        return self.anchors[keep], self.positives[keep], self.negatives[keep]
-
-
-class PairIndices(NamedTuple):
-    """Pairs in tensors of a size that does not depend on what was found, [P] and [Q]."""
-
-    positive_anchors: Tensor
-    positives: Tensor
-    """-1 where none was found, as in ``negatives``."""
-    negative_anchors: Tensor
-    negatives: Tensor
-    positive_valid: Tensor
-    """Which entries are positive pairs, bool [P]."""
-    negative_valid: Tensor
-
-    def indices(self) -> Indices:
-        """The pairs (a1, p, a2, n) alone; waits for the device to count them."""
-        p, n = (valid.nonzero().squeeze(1) for valid in (self.positive_valid, self.negative_valid))
-        a1, a2 = self.positive_anchors[p], self.negative_anchors[n]
-        return a1, self.positives[p], a2, self.negatives[n]
+__all__ = [
+    "Miner",
+    "PairIndices",
+    "TripletIndices",
+    "all_positives",
+    "as_pairs",
+    "as_triplets",
+    "limit_of",
+]
 
 
 class Miner(nn.Module, ABC):
@@ -107,8 +82,10 @@ class Miner(nn.Module, ABC):
 
         Returns:
             int64 tensors (a, p, n) or (a1, p, a2, n) for ``indices_tuple=`` of any loss; with
-            ``fixed_size`` a :class:`TripletIndices` or a :class:`PairIndices`, whose ``indices()``
-            are the same.
+            ``fixed_size`` a :class:`TripletIndices` or a :class:`PairIndices`, which every loss of
+            this package takes likewise, and whose ``indices()`` are the same.
+            A pair with a row that is not finite counts as the hardest of its kind, so that the loss
+            of what is chosen is NaN and not merely wrong.
         """
         pairs = prepare_scaled_pairs(
             embeddings,
@@ -120,7 +97,7 @@ class Miner(nn.Module, ABC):
             ref_labels=ref_labels,
         )
         assert isinstance(pairs, AllPairs)
-        found = self.mine(pairs, fixed_size)
+        found = self.mine(MinedPairs.of(pairs), fixed_size)
         return found if fixed_size else found.indices()
 
     def extra_repr(self) -> str:

@@ -25,6 +25,7 @@ class ClusterNegativeMiner(Miner):
             they are counted, which ``fixed_size`` does not allow.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         normalize: scale rows to unit length first. Default: True.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Example:
         >>> import torch
@@ -46,9 +47,10 @@ class ClusterNegativeMiner(Miner):
         max_positives: int | None = None,
         distance: Distance | Metric = "euclidean",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         if not isinstance(k, int) or isinstance(k, bool):
             raise TypeError(f"k must be an integer, got {type(k).__name__}")
         if k < 1:

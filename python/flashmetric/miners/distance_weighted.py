@@ -82,9 +82,10 @@ class DistanceWeightedMiner(Miner):
 
     def weights(self, slab: RowSlab, features: int) -> Tensor:
         """Weights [rows, M] of the negatives, the largest of each row 1."""
-        d = slab.distance.clamp(min=self.cutoff)
+        distance = slab.distance.nan_to_num(nan=0.0, posinf=torch.inf)
+        d = distance.clamp(min=self.cutoff)
         # Opposite rows have no finite weight, and are beyond any sensible cutoff.
-        drawn = slab.negative & (slab.distance < self.nonzero_loss_cutoff) & (d < 2)
+        drawn = slab.negative & (distance < self.nonzero_loss_cutoff) & (d < 2)
         d = d.masked_fill(~drawn, 1)
         log_weight = (2.0 - features) * d.log() - (features - 3) / 2 * (1 - d.square() / 4).log()
         # Exponents reach hundreds in high dimensions: only relative to the largest do they fit.

@@ -36,6 +36,7 @@ class BatchEasyHardMiner(Miner):
         max_negatives: likewise for negatives, of which the nearest are used.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         normalize: scale rows to unit length first. Default: True, as pytorch-metric-learning.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Anchors for which either strategy finds nothing are left out, unless the other is ``"all"``.
 
@@ -62,9 +63,10 @@ class BatchEasyHardMiner(Miner):
         max_negatives: int | None = None,
         distance: Distance | Metric = "euclidean",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         check_choice("pos_strategy", pos_strategy, get_args(Strategy))
         check_choice("neg_strategy", neg_strategy, get_args(Strategy))
         both = {pos_strategy, neg_strategy}
@@ -144,5 +146,6 @@ def _extreme(
     if limits is None:
         return found
     d = found.distance
-    inside = d >= limits[0] if farthest else d <= limits[1]
+    # NaN is outside of nothing.
+    inside = ~(d < limits[0]) if farthest else ~(d > limits[1])
     return found._replace(valid=found.valid & inside)

@@ -55,6 +55,7 @@ class SemiHardMiner(Miner):
             they are counted, which ``fixed_size`` does not allow.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         normalize: scale rows to unit length first. Default: True.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Example:
         >>> import torch
@@ -75,9 +76,10 @@ class SemiHardMiner(Miner):
         max_positives: int | None = None,
         distance: Distance | Metric = "euclidean",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         check_choice("per", per, get_args(Per))
         check_flag("fallback", fallback)
         check_max_positives(max_positives)

@@ -47,6 +47,7 @@ class MarginViolationMiner(Miner):
             the device.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         normalize: scale rows to unit length first. Default: True.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Example:
         >>> import torch
@@ -68,9 +69,10 @@ class MarginViolationMiner(Miner):
         generator: torch.Generator | None = None,
         distance: Distance | Metric = "euclidean",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         check_number("margin", margin)
         check_choice("violation", violation, get_args(Violation))
         check_max_positives(max_positives)
@@ -118,6 +120,7 @@ class TripletMarginMiner(Miner):
         max_positives: only this many of the farthest positives of each anchor. Default: all.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         normalize: scale rows to unit length first. Default: True, as pytorch-metric-learning.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     The result is as long as the number of triplets; ``TripletMarginLoss(mining="batch_all")`` sums
     over the same without listing them. ``fixed_size`` is not possible: the size would be that of
@@ -139,9 +142,10 @@ class TripletMarginMiner(Miner):
         max_positives: int | None = None,
         distance: Distance | Metric = "euclidean",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         check_number("margin", margin)
         check_choice("type_of_triplets", type_of_triplets, _TYPES)
         check_max_positives(max_positives)
@@ -177,14 +181,21 @@ def _candidates(
 ) -> Iterator[_Candidates]:
     for slab in row_slabs(pairs):
         inf = torch.inf
-        far = (-slab.distance).masked_fill(~slab.positive, inf).sort(dim=1, stable=True)
+        # A distance that is NaN is the largest of positives and the smallest of negatives.
+        most = torch.finfo(slab.distance.dtype).max
+        distance = slab.distance.nan_to_num(nan=most, posinf=inf)
+        far = (-distance).masked_fill(~slab.positive, inf).sort(dim=1, stable=True)
         missing = limit - far.values.shape[1]
         d_ap = torch.nn.functional.pad(-far.values[:, :limit], (0, max(0, missing)), value=-inf)
         positives = torch.nn.functional.pad(far.indices[:, :limit], (0, max(0, missing)), value=-1)
         positives = positives.masked_fill(d_ap == -inf, -1)
-        near = slab.distance.masked_fill(~slab.negative, inf).sort(dim=1, stable=True)
+        distance = slab.distance.nan_to_num(nan=-most, posinf=inf)
+        near = distance.masked_fill(~slab.negative, inf).sort(dim=1, stable=True)
         there = slab.negative.sum(1, keepdim=True)
         begin, end = _range(near.values, d_ap.contiguous(), violation, margin, there)
+        # It violates whatever is asked for.
+        begin = begin.masked_fill((d_ap == most) | (near.values[:, :1] == -most), 0)
+        end = torch.where(d_ap == most, there, end)
         sizes = (end - begin).clamp(min=0).masked_fill(positives < 0, 0)
         yield _Candidates(slab.rows, positives, near.indices, begin, sizes)
 

@@ -34,6 +34,7 @@ class MultiSimilarityMiner(Miner):
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`. Default:
             ``"cosine"``, as the paper and pytorch-metric-learning.
         normalize: scale rows to unit length first, which "cosine" does anyway. Default: True.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Example:
         >>> import torch
@@ -55,9 +56,10 @@ class MultiSimilarityMiner(Miner):
         max_negatives: int | None = None,
         distance: Distance | Metric = "cosine",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         check_number("epsilon", epsilon)
         check_max_positives(max_positives)
         check_max_positives(max_negatives)
@@ -85,5 +87,7 @@ def _beyond(pairs: AllPairs, kind: Kind, count: int, bound: Tensor) -> Tensor:
     """The first pairs of a kind beyond a bound [N]: those farther (positive), or nearer."""
     found = pairs.top(kind, count, farthest=kind == "positive")
     bound = bound.unsqueeze(1)
-    inside = found.distance > bound if kind == "positive" else found.distance < bound
+    d = found.distance
+    # NaN, of a pair or as the bound, keeps nothing out.
+    inside = ~(d <= bound) if kind == "positive" else ~(d >= bound)
     return found.other.masked_fill(~(found.valid & inside), -1)

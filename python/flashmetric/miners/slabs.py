@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashmetric.functional.all_pairs import AllPairs
+from flashmetric.miners.mined_pairs import not_finite
 from flashmetric.ops.distance import (
     exact_u,
     has_unit_rows,
@@ -32,16 +33,18 @@ class RowSlab(NamedTuple):
     """Which pairs are positives, bool."""
     negative: Tensor
     distance: Tensor
-    """float64; of no meaning where no distances were asked for."""
+    """float64, NaN with rows that are not finite; of no meaning where none were asked for."""
 
 
 def row_slabs(pairs: AllPairs, measured: bool = True) -> Iterator[RowSlab]:
     """All pairs in slabs, with their distances if ``measured``."""
     x = pairs.embeddings.double()
     r = x if pairs.ref_emb is None else pairs.ref_emb.double()
+    bad_x = not_finite(pairs.embeddings)
+    bad_r = bad_x if pairs.ref_emb is None else not_finite(pairs.ref_emb)
     if is_difference(pairs.distance) and not has_unit_rows(pairs.distance) and len(r):
         # A move changes no difference; near the origin products cancel less.
-        centre = r.mean(0)
+        centre = r.masked_fill(bad_r.unsqueeze(1), 0).mean(0)
         x, r = x - centre, r - centre
     labels = pairs.labels
     ref_labels = labels if pairs.ref_labels is None else pairs.ref_labels
@@ -55,6 +58,8 @@ def row_slabs(pairs: AllPairs, measured: bool = True) -> Iterator[RowSlab]:
         d = _distances(x[rows], r, pairs.distance) if measured else x.new_empty(0)
         if measured and pairs.anchor_scale is not None:
             d = d * pairs.anchor_scale[rows, None]
+        if measured:
+            d = d.masked_fill(bad_x[rows, None] | bad_r, torch.nan)
         yield RowSlab(rows, positive, negative, d)
 
 

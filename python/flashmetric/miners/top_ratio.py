@@ -29,6 +29,7 @@ class TopRatioMiner(Miner):
         negative_ratio: that of the negative pairs. Default: the same.
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`.
         normalize: scale rows to unit length first. Default: True, as pytorch-metric-learning.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Memory is O(ratio N M), which is what is returned; with ``fixed_size`` as if all pairs were of
     that kind.
@@ -51,9 +52,10 @@ class TopRatioMiner(Miner):
         *,
         distance: Distance | Metric = "euclidean",
         normalize: bool = True,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         negative_ratio = ratio if negative_ratio is None else negative_ratio
         for name, value in (("ratio", ratio), ("negative_ratio", negative_ratio)):
             check_number(name, value)
@@ -76,6 +78,7 @@ class FrackingMiner(Miner):
         distance: a name or a distance with parameters, see :mod:`flashmetric.distances`. Default:
             ``"euclidean"``.
         normalize: scale rows to unit length first. Default: False, as the authors.
+        anchor_scale: factor on the anchors before they are compared. Default: 1.
 
     Example:
         >>> import torch
@@ -95,6 +98,7 @@ class FrackingMiner(Miner):
         *,
         distance: Distance | Metric = "euclidean",
         normalize: bool = False,
+        anchor_scale: float = 1.0,
     ) -> None:
         """Check and store the options."""
         factors = (("positive_factor", positive_factor), ("negative_factor", negative_factor))
@@ -102,7 +106,7 @@ class FrackingMiner(Miner):
             check_number(name, value)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        super().__init__(distance=distance, normalize=normalize)
+        super().__init__(distance=distance, normalize=normalize, anchor_scale=anchor_scale)
         self.positive_factor = float(positive_factor)
         self.negative_factor = float(negative_factor)
 
@@ -137,6 +141,7 @@ def _hardest(
     pending = 0
     for slab in row_slabs(pairs):
         mask, d = (slab.positive, -slab.distance) if positive else (slab.negative, slab.distance)
+        d = d.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         keys.append(d.masked_fill(~mask, torch.inf).flatten())
         begin = slab.rows.start * width
         indices.append(torch.arange(begin, begin + mask.numel(), device=device))
