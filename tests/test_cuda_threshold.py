@@ -165,6 +165,34 @@ def test_rows_that_are_not_finite_poison_all(count: int) -> None:
             assert gradient is None or np.isnan(gradient).all()
 
 
+@pytest.mark.parametrize("formula", ["hinge", "softplus"])
+@pytest.mark.parametrize("count", [3, 70])
+def test_thresholds_that_are_nan(count: int, formula: str) -> None:
+    rng = np.random.default_rng(11)
+    slabs = make_slabs(rng, "euclidean", 6, 7, 3, 4)
+    thresholds = make_thresholds(rng, slabs, count)
+    expected = slabs.threshold_sum(formula, thresholds)
+    seen = ~np.isnan(slabs.all_distances()).all(1)
+    assert seen.sum() > 3
+    nan = thresholds.copy()
+    nan[1:, -1] = np.nan
+    for place, (ours, theirs) in enumerate(
+        zip(slabs.threshold_sum(formula, nan), expected, strict=True)
+    ):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1:, :-1], theirs[1:, :-1])
+        if place == 1:
+            assert not ours[1:, -1].any()
+        else:
+            np.testing.assert_array_equal(np.isnan(ours[1:, -1]), seen[1:])
+    grad = np.ones(nan.shape)
+    of_x, _ = slabs.threshold_sum_backward(grad, formula, nan)
+    np.testing.assert_array_equal(np.isnan(of_x).all(1)[1:], seen[1:])
+    grad[:, -1] = 0
+    of_x, _ = slabs.threshold_sum_backward(grad, formula, nan)
+    assert np.isfinite(of_x).all()
+
+
 def test_order_of_blocks_does_not_matter() -> None:
     rng = np.random.default_rng(9)
     slabs = make_slabs(rng, "euclidean", 4, 200, 3, 4)

@@ -24,8 +24,10 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
       const int64_t k = begin + lane;
       const bool inside = k < table.count;
       const double threshold = inside ? thresholds[k] : 0.0;
-      // Padding is below every distance.
+      // Padding is below every distance. NaN comes last, and no distance is known to be above it.
+      const bool unknown = !(threshold == threshold);
       double weight = inside && !is_padding(threshold) ? args.grad[i * table.count + k] : 0.0;
+      if (unknown && weight != 0.0) weight = not_a_number<double>();
       if (args.hinge) {
 #pragma unroll
         for (int step = 1; step < kWarp; step *= 2) {
@@ -38,7 +40,9 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
       if (!inside) continue;
       weights[k * table.n + i] = static_cast<T>(weight);
       // A hinge's are compared with distances, the others subtracted from.
-      const T limit = args.hinge ? limit_of(threshold, T(0)) : static_cast<T>(threshold);
+      const T limit = !args.hinge ? static_cast<T>(threshold)
+                      : unknown   ? static_cast<T>(__int_as_float(0x7f800000))
+                                  : limit_of(threshold, T(0));
       if (!shared || i == 0) limits[k * table.limit_rows + i] = limit;
     }
   }

@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
   __shared__ double base_sums[kSlabWarps];
   __shared__ int64_t base_counts[kSlabWarps];
   const DistanceRow<T> row(args.rows);
-  const bool spoiled = any_bad(args.rows.bad, args.rows.bad_count) && row.has_candidates();
+  const bool candidates = row.has_candidates();
+  const bool spoiled = any_bad(args.rows.bad, args.rows.bad_count) && candidates;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const double* thresholds = args.thresholds + (args.rows.begin + blockIdx.x) * args.row_stride;
   const int64_t first = first_of(args.count, [=](int64_t k) { return !is_padding(thresholds[k]); });
@@ -161,7 +162,10 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
   __syncthreads();
   if (first == args.count) return;
   const T lowest = limit_of(thresholds[first], T(0));
-  const T highest = limit_of(thresholds[args.count - 1], T(0));
+  // NaN comes last, as a sort puts it: then the highest number is not known.
+  const double last = thresholds[args.count - 1];
+  const T highest =
+      last == last ? limit_of(last, T(0)) : static_cast<T>(__int_as_float(0x7f800000));
 
   // Adds what was listed to the thresholds of this thread.
   const auto flush = [&] {
@@ -222,9 +226,11 @@ __global__ void __launch_bounds__(kSlabThreads, 2)
     const double count = static_cast<double>(below);
     double sum = below == 0 ? 0.0 : count * thresholds[k] - (args.sums[at] + base_sum);
     sum = sum < 0.0 ? 0.0 : sum;
-    write<T>(
-        args, k,
-        {spoiled ? not_a_number<double>() : sum, spoiled ? not_a_number<double>() : count, below});
+    const bool unknown = !(thresholds[k] == thresholds[k]);
+    const bool nan = spoiled || (unknown && candidates);
+    write<T>(args, k,
+             {nan ? not_a_number<double>() : sum, nan ? not_a_number<double>() : count,
+              unknown ? 0 : below});
   }
 }
 
