@@ -104,6 +104,13 @@ def test_ignored_rows_and_absent_classes() -> None:
     assert loss == 0 and alone.grad is not None and not alone.grad.any()
 
 
+def test_margins_of_absent_classes_get_zeros() -> None:
+    margins = torch.rand(2, 2, requires_grad=True)
+    nowhere = ignoring(torch.full((4,), -1))
+    triplet_margin_loss(torch.randn(4, 3), nowhere, margin=margins, mining="batch_all").backward()
+    assert margins.grad is not None and not margins.grad.any()
+
+
 def test_a_learned_margin_moves_with_the_module() -> None:
     module = TripletMarginLoss(torch.nn.Parameter(torch.zeros(3, 3)), mining="batch_all")
     x, labels = torch.randn(9, 2), torch.arange(9) % 3

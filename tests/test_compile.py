@@ -156,3 +156,18 @@ def test_meta_tensors() -> None:
         value = loss(x, labels)
         assert value.device.type == "meta"
         assert value.shape == ((24,) if loss.reduction == "none" else ())
+
+
+def test_rows_of_any_strides_compile(device: torch.device) -> None:
+    loss = TripletMarginLoss(normalize=True)
+    labels = (torch.arange(12) % 4).to(device)
+    x = torch.randn(6, 12, device=device).t()
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = x.detach().requires_grad_()
+        assert not leaf.is_contiguous()
+        value = run(leaf, labels)
+        value.backward()
+        assert leaf.grad is not None
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0])

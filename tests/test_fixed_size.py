@@ -119,6 +119,14 @@ def test_references_and_scaled_anchors() -> None:
         torch.testing.assert_close(ours, loss(x[:5], indices_tuple=found.indices(), ref_emb=r))
 
 
+def test_no_references() -> None:
+    refs, none = torch.empty(0, 5, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    found = miners.BatchHardMiner()(rows(), LABELS, refs, none, fixed_size=True)
+    for entry in LISTED:
+        value = make(entry)(rows(), LABELS, found, ref_emb=refs, ref_labels=none)
+        assert value == 0, entry.name
+
+
 def test_the_reference_takes_them_too() -> None:
     x = rows()
     for kind, names in (

@@ -248,6 +248,24 @@ def test_logits_that_are_nan(per_row: bool, m: int | None) -> None:
     assert ours[0][1].isnan().sum() == (1 if per_row else (theirs[2][1] > 0).sum())
 
 
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("gain", [1.0, 1e3, 1e6])
+def test_large_logits(gain: float, n: int) -> None:
+    """The weight of an only pair is 1, however large its logit is: the errors of both cancel.
+
+    Orthogonal rows are at one distance, so that one power serves many rows of such logits.
+    """
+    rows = torch.eye(n + 2) * 30.1
+    x, r, labels, refs = rows[:n], rows[n:], torch.zeros(n).long(), torch.arange(2)
+    scale, offset = torch.full((2, 1), -gain / 7), torch.full((2, 1), gain / 3)
+    pairs = (x, labels, r, refs, "equal", "sqeuclidean")
+    given = ("affine", "affine", scale, offset, None, 0.0)
+    lse = row_lse(*pairs, *given, False)[0]
+    grad = torch.ones_like(lse)
+    of_x, _ = row_lse_backward(grad, lse, None, None, *pairs, *given, True)
+    torch.testing.assert_close(of_x, scale[0] * 2 * (2 * x - r.sum(0)), rtol=1e-5, atol=0.0)
+
+
 def test_collapsed_rows() -> None:
     """Every pair is near: all go by exact differences."""
     case = make_case(150, None, 30)

@@ -74,20 +74,21 @@ FLASHMETRIC_INLINE bool with_linear_distance(Distance distance, F&& f) {
   return f(Dot{});
 }
 
-// e^(logit - centre) of one row and kind, straight from u of such a distance D. Rounded like the
-// logit itself, which is not computed.
-template <class T, class D>
-class LinearPower {
+// e^(logit - centre) of one row and kind. The logit is rounded as everywhere else: with scale and
+// offset folded into the power the errors of a logit and of the log-sum-exp over it, which of large
+// ones are larger than 1, would not cancel.
+template <class T>
+class AffinePower {
  public:
-  LinearPower(const RowLogit<T>& kind, T centre, int64_t i)
-      : factor_(static_cast<double>(kind.scale[i]) * D::slope(0.0) * kLog2E),
-        offset_((static_cast<double>(kind.offset[i]) - static_cast<double>(centre)) * kLog2E) {}
+  AffinePower(const RowLogit<T>& kind, T centre, int64_t i)
+      : scale_(kind.scale[i]), offset_(kind.offset[i]), centre_(centre) {}
 
-  FLASHMETRIC_INLINE Vec<T> operator()(Vec<T> u) const { return exp2(fma(factor_, u, offset_)); }
+  FLASHMETRIC_INLINE Vec<T> operator()(Vec<T> d) const {
+    return exp2(Vec<T>(1.44269504088896340736) * (fma(scale_, d, offset_) - centre_));
+  }
 
  private:
-  static constexpr double kLog2E = 1.44269504088896340736;
-  const Vec<T> factor_, offset_;
+  const Vec<T> scale_, offset_, centre_;
 };
 
 // Labels, u and distances of row i; whether it has any pair.

@@ -106,12 +106,12 @@ class RowLseBlock {
   void one_loop(int64_t i) {
     with_linear_distance(batch_.distance, [&](auto distance) {
       using D = decltype(distance);
-      RowPartial<D> positives(*this, 0, i), negatives(*this, 1, i);
+      RowPartial positives(*this, 0, i), negatives(*this, 1, i);
       pairs_.for_each_vector(i, [&](int64_t v, Vec<T> u, unsigned positive, unsigned negative,
                                     unsigned) __attribute__((always_inline)) {
         const Vec<T> d = D::value(u);
-        if (positive != 0) positives.add(positive, u, d, v * kLanes);
-        if (negative != 0) negatives.add(negative, u, d, v * kLanes);
+        if (positive != 0) positives.add(positive, d, v * kLanes);
+        if (negative != 0) negatives.add(negative, d, v * kLanes);
       });
       positives.merge();
       negatives.merge();
@@ -120,7 +120,6 @@ class RowLseBlock {
   }
 
   // Sums of one row and kind, and what they add to those of the columns.
-  template <class D>
   class RowPartial {
    public:
     RowPartial(RowLseBlock& block, int k, int64_t i)
@@ -132,10 +131,10 @@ class RowLseBlock {
           column_sum_(block.partial_[k].sum),
           column_moment_(block.partial_[k].moment) {}
 
-    FLASHMETRIC_INLINE void add(unsigned bits, Vec<T> u, Vec<T> d, int64_t c) {
+    FLASHMETRIC_INLINE void add(unsigned bits, Vec<T> d, int64_t c) {
       const Vec<T> zero(0);
       const auto kept = Vec<T>::mask(bits);
-      const Vec<T> e = select(kept, power_(u), zero), ed = select(kept, e * d, zero);
+      const Vec<T> e = select(kept, power_(d), zero), ed = select(kept, e * d, zero);
       sum_ = sum_ + e;
       moment_ = moment_ + ed;
       any_ |= bits;
@@ -154,7 +153,7 @@ class RowLseBlock {
     const LseSide& side_;
     const int64_t at_;
     const T top_;
-    const LinearPower<T, D> power_;
+    const AffinePower<T> power_;
     const bool columns_;
     T *const column_sum_, *const column_moment_;
     Vec<T> sum_ = Vec<T>(0), moment_ = Vec<T>(0);

@@ -92,38 +92,38 @@ class RowLseGradBlock {
   bool one_loop(int64_t i) {
     return with_linear_distance(batch_.distance, [&](auto distance) {
       using D = decltype(distance);
-      const RowShare<D> positives(*this, 0, i), negatives(*this, 1, i);
+      const RowShare positives(*this, 0, i), negatives(*this, 1, i);
       typename BackProduct<T>::RowWeights out(back_, i);
       const bool paired =
           pairs_.for_each_vector(i, [&](int64_t v, Vec<T> u, unsigned positive, unsigned negative,
                                         unsigned near) __attribute__((always_inline)) {
-            Vec<T> du(0);
-            if (negative != 0) du = negatives(negative, u, v * kLanes);
-            if (positive != 0) du = du + positives(positive, u, v * kLanes);
-            out.add(v, du, near);
+            const Vec<T> d = D::value(u);
+            Vec<T> weight(0);
+            if (negative != 0) weight = negatives(negative, d, v * kLanes);
+            if (positive != 0) weight = weight + positives(positive, d, v * kLanes);
+            out.add(v, weight * D::slope(d), near);
           });
       if (paired) out.finish();
       return paired;
     });
   }
 
-  // dL/du of the pairs of one row and kind.
-  template <class D>
+  // dL/dd of the pairs of one row and kind.
   class RowShare {
    public:
     RowShare(const RowLseGradBlock& block, int k, int64_t i)
         : power_(block.op_.kinds[k], block.factors_[k].centre, i),
-          slope_(block.op_.kinds[k].scale[i] * D::slope(T(0))),
+          slope_(block.op_.kinds[k].scale[i]),
           own_(block.factors_[k].row[i - block.block_.row_begin]),
           columns_(block.factors_[k].column) {}
 
-    FLASHMETRIC_INLINE Vec<T> operator()(unsigned bits, Vec<T> u, int64_t c) const {
+    FLASHMETRIC_INLINE Vec<T> operator()(unsigned bits, Vec<T> d, int64_t c) const {
       const Vec<T> factor = slope_ * (own_ + Vec<T>::load(columns_ + c));
-      return select(Vec<T>::mask(bits), power_(u) * factor, Vec<T>(0));
+      return select(Vec<T>::mask(bits), power_(d) * factor, Vec<T>(0));
     }
 
    private:
-    const LinearPower<T, D> power_;
+    const AffinePower<T> power_;
     const Vec<T> slope_, own_;
     const T* const columns_;
   };

@@ -211,10 +211,15 @@ def _check_fixed_size(
     if isinstance(found, PairIndices):
         masks = {"positive_valid": (0, 1), "negative_valid": (2, 3)}
     checked: list[Tensor] = []
-    for mask_name, positions in masks.items():
+    for mask_name in masks:
         mask = getattr(found, mask_name)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"indices_tuple.{mask_name} must be a bool tensor")
+    if not embeddings.shape[0] or not refs.shape[0]:
+        # No entry is valid, and there is no row that could stand in for one.
+        found = type(found)(*(field[:0] for field in found))
+    for mask_name, positions in masks.items():
+        mask = getattr(found, mask_name)
         for position in positions:
             name, index = f"indices_tuple.{found._fields[position]}", found[position]
             anchors = found._fields[position].endswith("anchors")

@@ -108,8 +108,13 @@ def batch_all_sums_by_class(
     count = (positive > -torch.inf).sum(1)
     own = pairs.labels.clamp(min=0)
     refs = pairs.labels if pairs.ref_labels is None else pairs.ref_labels
-    # Attached to the graph where there are no negatives.
+    if margins.device != positive.device:
+        raise ValueError(
+            f"margin must be on {positive.device}, as embeddings are; got {margins.device}"
+        )
+    # Attached to the graph where there are no negatives, and the margins where no class is.
     loss = positive.masked_fill(positive == -torch.inf, 0).double().sum(1) * 0
+    loss = loss + margins.flatten()[:0].sum()
     triplets, active = torch.zeros_like(count), torch.zeros_like(count)
     for label in _present(refs, pairs.labels, margins):
         part = pairs.of_references((refs == label).nonzero()[:, 0])

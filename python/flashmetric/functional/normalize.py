@@ -22,7 +22,8 @@ class NormalizeRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Scale by the largest element first, so that no square overflows or vanishes."""
         ctx.dtype = x.dtype
-        x = x.to(accumulate_dtype(x.dtype))
+        # A compiler writes into contiguous tensors only.
+        x = x.to(accumulate_dtype(x.dtype)).contiguous()
         # One tensor of the rows' size: fresh memory costs more than the arithmetic.
         scaled = x.abs()
         # A column of zeros stands in where there are no features: the largest of none is undefined.
@@ -43,7 +44,7 @@ class NormalizeRows(torch.autograd.Function):
         unit, inverse = ctx.saved_tensors
         product = grad * unit
         radial = product.sum(1, keepdim=True)
-        tangent: Tensor = torch.mul(unit, radial, out=product).sub_(grad).mul_(inverse.neg())
+        tangent: Tensor = product.copy_(unit).mul_(radial).sub_(grad).mul_(inverse.neg())
         return tangent.to(ctx.dtype)
 
 

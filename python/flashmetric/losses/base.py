@@ -89,8 +89,13 @@ class Loss(nn.Module):
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as the constructor takes them."""
-        plain = (name for name in self._options if name in self.__dict__)
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in plain)
+        known = {**self.__dict__, **self._parameters, **self._buffers}
+        return ", ".join(f"{n}={_shown(known[n])}" for n in self._options if n in known)
+
+
+def _shown(option: Any) -> str:
+    # Not its numbers: a device would have to be waited for.
+    return f"tensor of shape {tuple(option.shape)}" if isinstance(option, Tensor) else repr(option)
 
 
 def _value(option: Any) -> Any:
