@@ -2,6 +2,7 @@
 """All labelled pairs of a batch by the fused kernels: see ``pairs.py``."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from flashmetric.functional.pairs import (
     Term,
     largest,
 )
+from flashmetric.functional.totals import totals_of
 from flashmetric.ops import PairDistance, RowLse, RowSum, RowTotal, ThresholdSum
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import Kind, class_members, pair_counts, words
@@ -79,6 +81,29 @@ class AllPairs(Pairs):
         if ref_emb is self.embeddings:
             ref_emb = ref_emb.view_as(ref_emb)
         return self.embeddings, labels, ref_emb, ref_labels, self.rule, self.distance
+
+    # What sweeps the pairs: elsewhere references may be in several places.
+
+    def _row_sum(self, *given: Any) -> tuple[Tensor, Tensor]:
+        return _row_sum(*self._pairs, *given)
+
+    def _row_lse(self, *given: Any) -> tuple[Tensor, ...]:
+        return _row_lse(*self._pairs, *given)
+
+    def _thresholds(self, *given: Any) -> tuple[Tensor, Tensor]:
+        return _threshold_sum(*self._pairs, *given)
+
+    def _measured(self, index: Tensor) -> Tensor:
+        listed = index.T.contiguous()
+        return pair_distance(self.embeddings, self.ref_emb, None, listed, self.distance).T
+
+    def _nearest_beyond(self, kind: Kind, farthest: bool, limits: Tensor) -> Tensor:
+        index: Tensor = nearest_beyond(*self._pairs, kind, farthest, limits)
+        return index
+
+    def _row_top_k(self, kind: Kind, k: int, farthest: bool) -> Tensor:
+        index: Tensor = row_top_k(*self._pairs, kind, k, farthest)
+        return index
 
     def _by_kind(self, positive: Parameter, negative: Parameter) -> Tensor:
         """Parameters of both kinds as [2, 1] or [2, N]."""
@@ -161,7 +186,7 @@ class AllPairs(Pairs):
             back = order.argsort()
             return Sums(*(column.index_select(0, back) for column in by_class))
         terms = self._terms(positive, negative)
-        sums, counts = _row_sum(*self._pairs, *terms, self._bound(bounds))
+        sums, counts = self._row_sum(*terms, self._bound(bounds))
         return Sums(*sums.unbind(), *counts.unbind())
 
     def total(self, positive: Term | None = None, negative: Term | None = None) -> Sums:
@@ -175,7 +200,7 @@ class AllPairs(Pairs):
         ref_grad = training and self.ref_emb is not None and self.ref_emb.requires_grad
         with_grad = ref_grad or (training and self.embeddings.requires_grad)
         totals, counts = _row_total(*self._pairs, *terms, None, with_grad, ref_grad)
-        return Sums(*totals.unbind(), *counts.unbind())
+        return totals_of(Sums(*totals.unbind(), *counts.unbind()))
 
     def logsumexp(
         self,
@@ -213,7 +238,7 @@ class AllPairs(Pairs):
         scale = self._scaled(self._by_kind(p.scale, n.scale))
         offset = self._by_kind(p.offset, n.offset)
         shape = p.shape if positive else n.shape
-        results = _row_lse(*self._pairs, *forms, scale, offset, self._bound(bounds), shape, columns)
+        results = self._row_lse(*forms, scale, offset, self._bound(bounds), shape, columns)
         lse, mean, counts, *of_refs = results
         if self.anchor_scale is not None:
             mean = mean * self.anchor_scale.detach()
@@ -242,9 +267,7 @@ class AllPairs(Pairs):
 
     def distances(self, index: Tensor) -> PairLists:
         """Distances of each anchor to the listed references [N, K], -1 for none."""
-        values = pair_distance(
-            self.embeddings, self.ref_emb, None, index.T.contiguous(), self.distance
-        ).T
+        values = self._measured(index)
         if self.anchor_scale is not None:
             values = values * self.anchor_scale.unsqueeze(1)
         return PairLists(index, values, index >= 0)
@@ -263,7 +286,7 @@ class AllPairs(Pairs):
             limit = self.embeddings.new_full((self.anchors, 1), anything, dtype=self._dtype)
         else:
             limit = self._unscaled(limit)
-        return self.distances(nearest_beyond(*self._pairs, kind, farthest, limit.detach()))
+        return self.distances(self._nearest_beyond(kind, farthest, limit.detach()))
 
     def _unscaled(self, thresholds: Tensor) -> Tensor:
         """Thresholds on distances as thresholds on what the kernel measures."""
@@ -274,7 +297,7 @@ class AllPairs(Pairs):
 
     def top(self, kind: Kind, k: int, *, farthest: bool = False) -> PairLists:
         """See :meth:`Pairs.top`."""
-        return self.distances(row_top_k(*self._pairs, kind, k, farthest))
+        return self.distances(self._row_top_k(kind, k, farthest))
 
     def positives(self, limit: int | None = None) -> PairLists:
         """See :meth:`Pairs.positives`."""
@@ -304,7 +327,7 @@ class AllPairs(Pairs):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Pairs.threshold_sum`."""
         if self.anchor_scale is None:
-            return _threshold_sum(*self._pairs, kind, formula, thresholds.to(self._dtype))
+            return self._thresholds(kind, formula, thresholds.to(self._dtype))
         if formula != "hinge":
             raise ValueError(f"a distance that scales by anchor needs the hinge, got {formula!r}")
         # max(t - q d, 0) = q max(t / q - d, 0); an anchor without a scale counts nothing.
@@ -314,5 +337,5 @@ class AllPairs(Pairs):
         padding = (thresholds == -torch.inf).expand(self.anchors, -1)
         limit = thresholds.to(self._dtype).masked_fill(thresholds == -torch.inf, 0) / scale
         limit = limit.masked_fill(padding | ~known, -torch.inf)
-        sums, counts = _threshold_sum(*self._pairs, kind, formula, limit)
+        sums, counts = self._thresholds(kind, formula, limit)
         return sums * scale, counts

@@ -6,7 +6,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flashmetric.ops.ordered_sum import ordered_sum
+from flashmetric.functional.totals import (
+    count_of,
+    current_ranks,
+    number_of_anchors,
+    total_of,
+)
+from flashmetric.ops.hardest_triplets import reduce_triplets
 
 Reduction = Literal["mean", "mean_nonzero", "sum", "none"]
 REDUCTIONS = get_args(Reduction)
@@ -21,14 +27,27 @@ def reduce_anchors(loss: Tensor, counted: Tensor | None, reduction: Reduction) -
         loss = loss.where(counted, loss.new_zeros(()))
     if reduction == "none":
         return loss
-    total = ordered_sum(loss)
+    total = total_of(loss)
     if reduction == "sum":
         return total
     if reduction == "mean_nonzero":
-        count = (loss > 0).sum()
+        count = count_of(loss > 0)
     else:
-        count = loss.new_full((), len(loss)) if counted is None else counted.sum()
+        count = number_of_anchors(loss) if counted is None else count_of(counted)
     return total / count.clamp(min=1)
+
+
+def reduce_listed(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """Sum, mean or mean over those that are not 0 of the losses [T] of triplets."""
+    if current_ranks() is None:
+        return reduce_triplets(loss, valid, reduction)[0]
+    counted = torch.ones_like(loss, dtype=torch.bool) if valid is None else valid
+    total = total_of(loss if valid is None else loss * valid)
+    if reduction == "sum":
+        return total
+    if reduction == "mean_nonzero":
+        counted = counted & (loss != 0)  # true for NaN, which must not drop out
+    return total / count_of(counted).clamp(min=1)
 
 
 def both_finite(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.pairs import Pairs, Term
+from flashmetric.functional.totals import count_of, total_of
 from flashmetric.ops.labels import IGNORED
-from flashmetric.ops.ordered_sum import ordered_sum
 from flashmetric.ops.terms import Formula
 
 Types = Literal["all", "hard", "semihard", "easy"]
@@ -171,8 +171,8 @@ def reduce_sums(sums: TripletSums, reduction: str, dtype: torch.dtype) -> Tensor
     """Sums per anchor to the loss; 0 where nothing is left to divide by."""
     if reduction == "none":
         return sums.loss.to(dtype)
-    total = ordered_sum(sums.loss)
+    total = total_of(sums.loss)
     if reduction != "sum":
         count = sums.active if reduction == "mean_nonzero" else sums.triplets
-        total = total / count.sum().clamp(min=1)
+        total = total / count_of(count).clamp(min=1)
     return total.to(dtype)

@@ -22,6 +22,7 @@ from flashmetric.functional.pairs import (
     Sums,
     Term,
 )
+from flashmetric.functional.totals import totals_of
 from flashmetric.ops.distance import accumulate_dtype, has_unit_rows, poison, squared_norms
 from flashmetric.ops.labels import KINDS, Kind, pair_kinds
 from flashmetric.ops.terms import Formula, term
@@ -173,7 +174,7 @@ class DensePairs(AllPairs):
 
     def total(self, positive: Term | None = None, negative: Term | None = None) -> Sums:
         """See :meth:`Pairs.total`."""
-        return Sums(*(by_row.sum() for by_row in self.sum(positive, negative)))
+        return totals_of(Sums(*(by_row.sum() for by_row in self.sum(positive, negative))))
 
     def logsumexp(
         self,

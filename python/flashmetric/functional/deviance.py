@@ -15,8 +15,8 @@ from flashmetric.functional.pair_reduction import (
 )
 from flashmetric.functional.pairs import Pairs, Sums, Term
 from flashmetric.functional.similarity import SIMILARITIES, Similarity, similarity_term
+from flashmetric.functional.totals import count_of, one_batch, total_of
 from flashmetric.labels import Labels
-from flashmetric.ops.ordered_sum import ordered_sum
 
 DevianceReduction = Literal["mean", "mean_separate", "mean_nonzero", "sum", "none", "bier", "horde"]
 _REDUCTION = get_args(DevianceReduction)
@@ -115,14 +115,14 @@ def binomial_deviance_loss(
 def _over_selves_too(pairs: Pairs, positive: Term, negative: Term) -> Tensor:
     rows = pairs.sum(positive, negative)
     total = totals(rows)
-    selves = anchors_with_pairs(rows).sum() if pairs.ref_emb is None else 0
+    selves = count_of(anchors_with_pairs(rows)) if one_batch(pairs.ref_emb) else 0
     positives = (total.positives + selves).clamp(min=1)
     return total.positive / positives + total.negative / total.negatives.clamp(min=1)
 
 
 def _means_of_anchors(rows: Sums) -> Tensor:
     positive = rows.positive / rows.positives.clamp(min=1)
-    return ordered_sum(positive + rows.negative / rows.negatives.clamp(min=1))
+    return total_of(positive + rows.negative / rows.negatives.clamp(min=1))
 
 
 def check_deviance_options(

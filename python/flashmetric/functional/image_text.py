@@ -18,6 +18,7 @@ from flashmetric.functional.softmax_rows import (
     label_towers,
     shares_of_all,
 )
+from flashmetric.functional.totals import count_of
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
 
@@ -156,7 +157,7 @@ def _direction(
     pairs: Pairs, lse: LogSumExps, scale: Parameter, form: str, reduction: str
 ) -> Tensor:
     value, counted = shares_of_all(pairs, lse, scale, form, "sum")
-    return value / counted.sum().clamp(min=1) if reduction == "mean" else value
+    return value / count_of(counted).clamp(min=1) if reduction == "mean" else value
 
 
 def check_image_text_options(

@@ -15,9 +15,9 @@ from flashmetric.functional.anchor_reduction import (
 from flashmetric.functional.normalize import L2_POWER, L2Power, row_sizes
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit
+from flashmetric.functional.totals import count_of, of_references, one_batch, total_of
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
-from flashmetric.ops.ordered_sum import ordered_sum
 
 
 def lifted_structure_loss(
@@ -112,9 +112,11 @@ def lifted_structure_loss(
     listed = pairs.positives(max_positives)
     lse = by_row.unsqueeze(1).expand_as(listed.distance)
     counted = listed.valid
-    if ref_emb is None and listed.other.numel():
+    if one_batch(ref_emb):
         # In float64, of which the CPU adds the gradients in a fixed order.
-        other = by_row.double()[listed.other.clamp(min=0)].to(lse.dtype)
+        by_ref = of_references(by_row.double())
+        index = listed.other.clamp(min=0)
+        other = (by_ref[index] if index.numel() else by_ref.sum() + index).to(lse.dtype)
         counted = counted & ((lse != -torch.inf) | (other != -torch.inf))
         zero = lse.new_zeros(())
         lse = torch.logaddexp(lse.where(counted, zero), other.where(counted, zero))
@@ -126,9 +128,9 @@ def lifted_structure_loss(
     if reduction == "none":
         total = loss.sum(1)
     else:
-        total = ordered_sum(loss.flatten())
+        total = total_of(loss.flatten())
     if reduction not in ("none", "sum"):
-        total = total / (counted if reduction == "mean" else loss > 0).sum().clamp(min=1)
+        total = total / count_of(counted if reduction == "mean" else loss > 0).clamp(min=1)
     if l2 == 0:
         return total
     positives, negatives = pairs.counts()

@@ -16,6 +16,7 @@ from flashmetric.functional.pairs import (
     Sums,
     Term,
 )
+from flashmetric.functional.totals import totals_of
 from flashmetric.indices import PairIndices, TripletIndices
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import Kind
@@ -155,7 +156,7 @@ class ListedPairs(Pairs):
                 values[kind] = values[kind].where(valid, values[kind].new_zeros(()))
                 counts[kind] = valid.sum()
         active = [(value > 0).sum() for value in values]
-        return Sums(*map(ordered_sum, values), *counts, *active)
+        return totals_of(Sums(*map(ordered_sum, values), *counts, *active))
 
     def logsumexp(
         self,

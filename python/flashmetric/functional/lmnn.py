@@ -11,10 +11,10 @@ from flashmetric.distances import Metric
 from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.pair_loss import prepare_pairs
+from flashmetric.functional.totals import count_of, total_of
 from flashmetric.functional.triplet_selection import spoil
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance, accumulate_dtype
-from flashmetric.ops.ordered_sum import ordered_sum
 
 Reduction = Literal["sum", "mean", "none"]
 _REDUCTION = get_args(Reduction)
@@ -122,9 +122,9 @@ def lmnn_loss(
     push = pairs.threshold_sum("negative", "hinge", nearest + float(margin))[0].sum(1)
     loss = float(pull_weight) * pull + float(push_weight) * push
     if reduction != "none":
-        loss = ordered_sum(loss)
+        loss = total_of(loss)
         if reduction == "mean":
-            loss = loss / targets.valid.any(1).sum().clamp(min=1)
+            loss = loss / count_of(targets.valid.any(1)).clamp(min=1)
     return spoil(pairs, loss.to(accumulate_dtype(embeddings.dtype)))
 
 

@@ -17,10 +17,10 @@ from flashmetric.distances import Metric
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pair_reduction import anchors_with_pairs, as_parameter, totals
 from flashmetric.functional.pairs import Sums, Term
+from flashmetric.functional.totals import count_of, total_of
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
 from flashmetric.ops.labels import IGNORED
-from flashmetric.ops.ordered_sum import ordered_sum
 
 MarginReduction = Literal["mean", "mean_nonzero", "sum", "none"]
 _REDUCTION = get_args(MarginReduction)
@@ -123,8 +123,8 @@ def margin_loss(
     if not regularized:
         return loss
     paired = anchors_with_pairs(rows).to(loss.dtype)
-    each = nu * boundary * paired / paired.sum().clamp(min=1)
-    return loss + (each if reduction == "none" else ordered_sum(each))
+    each = nu * boundary * paired / count_of(paired).clamp(min=1)
+    return loss + (each if reduction == "none" else total_of(each))
 
 
 def _of_classes(beta: Tensor, labels: Tensor | Labels | None) -> Tensor:

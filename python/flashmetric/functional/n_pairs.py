@@ -27,6 +27,7 @@ from flashmetric.functional.softmax_rows import (
     negative_log_share,
     take_rows,
 )
+from flashmetric.functional.totals import current_ranks, one_batch
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
 from flashmetric.ops.labels import IGNORED, words
@@ -113,6 +114,8 @@ def n_pairs_loss(
     rows, _ = negative_log_share(pairs.logsumexp(Logit(-1.0), Logit(-1.0)))
     if l2:
         of_pairs = positives[: anchors.shape[0]]
+        if selected.place is not None:
+            of_pairs = take_rows(positives, selected.place)
         rows = rows + l2 * (row_sizes(anchors, l2_power) + row_sizes(of_pairs, l2_power))
     counted = selected.valid
     rows = rows.masked_fill(~counted, 0)
@@ -138,6 +141,8 @@ class _Selection(NamedTuple):
     """Which anchors are of a pair, bool [P]."""
     anchor: Tensor | None
     """Their rows in the batch; None if they are all of them, in order."""
+    place: Tensor | None = None
+    """Which positive each anchor has; None if number i has number i."""
 
 
 def _select(
@@ -150,6 +155,8 @@ def _select(
     towers = labels is None
     labels, ref_labels = label_towers(embeddings, labels, ref_emb, ref_labels, indices_tuple)
     batch = check_batch(embeddings, labels, ref_emb, ref_labels, indices_tuple)
+    if current_ranks() is not None and one_batch(ref_emb) and indices_tuple is None:
+        return _of_this_rank(batch)
     if batch.rule != "equal":
         raise ValueError("labels must give each row one class, which 'any' and groups do not")
     refs = embeddings if ref_emb is None else ref_emb
@@ -167,6 +174,21 @@ def _select(
     classes, of_refs = Labels(numbers, "equal"), Labels(numbers.clone(), "equal")
     rows = take_rows(embeddings, anchor), take_rows(refs, positive)
     return _Selection((*rows, classes, of_refs), valid, anchor)
+
+
+def _of_this_rank(batch: Batch) -> _Selection:
+    """The pairs of the whole batch, which the references are, whose anchors this rank has."""
+    ranks, refs = current_ranks(), batch.ref_emb
+    assert ranks is not None and refs is not None and batch.ref_labels is not None
+    whole = Batch(refs, batch.ref_labels[:, 0], None, None)
+    anchor, positive, valid = _first_of_classes(whole)
+    numbers = torch.arange(len(anchor), device=anchor.device).masked_fill(~valid, IGNORED)
+    own = valid & (anchor >= ranks.begin) & (anchor < ranks.begin + ranks.anchors)
+    place = _to_front(own, min(len(anchor), len(batch.embeddings)))
+    here = numbers[place].masked_fill(~own[place], IGNORED)
+    rows = take_rows(refs, anchor[place]), take_rows(refs, positive)
+    labels = Labels(here, "equal"), Labels(numbers, "equal")
+    return _Selection((*rows, *labels), own[place], anchor[place], place)
 
 
 def _sorted_by_class(classes: Tensor) -> tuple[Tensor, Tensor]:

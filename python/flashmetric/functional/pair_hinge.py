@@ -13,8 +13,8 @@ from flashmetric.functional.labelled_pairs import (
     check_label_convention,
     check_pair_labels,
 )
+from flashmetric.functional.totals import count_of, total_of
 from flashmetric.ops.distance import accumulate_dtype
-from flashmetric.ops.ordered_sum import ordered_sum
 
 HingeReduction = Literal["mean", "mean_nonzero", "sum", "none"]
 _REDUCTION = get_args(HingeReduction)
@@ -83,10 +83,10 @@ def pair_hinge_loss(
     losses = (float(margin) - torch.where(are_similar(y, label_convention), scores, -scores)).relu()
     if reduction == "none":
         return losses
-    loss = ordered_sum(losses.flatten())
+    loss = total_of(losses.flatten())
     if reduction == "mean":
         return loss / max(1, losses.numel())
-    return loss if reduction == "sum" else loss / (losses > 0).sum().clamp(min=1)
+    return loss if reduction == "sum" else loss / count_of(losses > 0).clamp(min=1)
 
 
 def check_pair_hinge_options(label_convention: str, margin: float, reduction: str) -> None:

@@ -12,6 +12,7 @@ from flashmetric.functional.dense_pairs import DenseListedPairs, DensePairs, rec
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.pairs import Pairs
+from flashmetric.functional.totals import current_ranks
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance, has_unit_rows
 
@@ -55,6 +56,9 @@ def prepare_pairs(
         dense = DensePairs(x, batch.labels, refs, batch.ref_labels, batch.rule, name, anchor_scale)
         matrices.append(dense.matrix)
         return dense
+    ranks = current_ranks()
+    if ranks is not None:
+        return ranks.pairs(x, batch.labels, refs, batch.ref_labels, batch.rule, name, anchor_scale)
     return AllPairs(x, batch.labels, refs, batch.ref_labels, batch.rule, name, anchor_scale)
 
 

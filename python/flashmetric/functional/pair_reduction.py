@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from flashmetric.functional.pairs import Pairs, Sums, Term
+from flashmetric.functional.totals import totals_of
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.ordered_sum import ordered_sum
 
@@ -50,7 +51,8 @@ def reduce_totals(
 def totals(rows: Sums) -> Sums:
     """Sums over all pairs from sums per anchor."""
     positive, negative, *counts = rows
-    return Sums(ordered_sum(positive), ordered_sum(negative), *(count.sum() for count in counts))
+    sums = Sums(ordered_sum(positive), ordered_sum(negative), *(count.sum() for count in counts))
+    return totals_of(sums)
 
 
 def anchors_with_pairs(rows: Sums) -> Tensor:

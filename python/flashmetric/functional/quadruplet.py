@@ -11,6 +11,7 @@ from flashmetric.distances import Metric
 from flashmetric.functional.anchor_reduction import REDUCTIONS, Reduction, reduce_anchors
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Pairs
+from flashmetric.functional.totals import of_own_anchors, of_references, one_batch
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
 from flashmetric.ops.labels import words
@@ -122,12 +123,16 @@ def quadruplet_loss(
     negatives = pairs.top("negative", max(1, min(wanted, pairs.references)))
     farthest = pairs.farthest("positive")
     positive, has_positive = farthest.distance[:, 0], farthest.valid[:, 0]
-    flat, found = _nearest_pair_of_other_classes(
-        negatives.other, negatives.distance.detach(), own, other
+    # The second negative pair may be any of the batch: in float64, of which the CPU adds the
+    # gradients in a fixed order.
+    index, distances = negatives.other, negatives.distance.double()
+    if one_batch(ref_emb):
+        index, distances, own = map(of_references, (index, distances, own))
+    flat, found = map(
+        of_own_anchors,
+        _nearest_pair_of_other_classes(index, distances.detach(), own, other),
     )
-    distances = negatives.distance.flatten()
-    # In float64, of which the CPU adds the gradients in a fixed order.
-    pair = distances.double()[flat].to(distances.dtype) if len(flat) else positive
+    pair = distances.flatten()[flat].to(positive.dtype) if distances.numel() else positive
     terms = (
         (negatives.distance[:, 0], negatives.valid[:, 0], margin),
         (pair, found, pair_margin),

@@ -11,8 +11,8 @@ from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pair_reduction import anchors_with_pairs, as_parameter
 from flashmetric.functional.similarity import SIMILARITIES, Similarity, similarity_term
 from flashmetric.functional.softmax_rows import label_towers
+from flashmetric.functional.totals import count_of, number_of_anchors, total_of
 from flashmetric.labels import Labels
-from flashmetric.ops.ordered_sum import ordered_sum
 
 SigLIPReduction = Literal["mean", "sum", "none"]
 _REDUCTION = get_args(SigLIPReduction)
@@ -98,13 +98,15 @@ def siglip_loss(
         # Then every anchor has as many pairs as any other.
         total = pairs.total(positive, negative)
         loss = total.positive + total.negative
-        return loss if reduction == "sum" else loss / max(1, pairs.anchors)
+        return (
+            loss if reduction == "sum" else loss / number_of_anchors(embeddings[:, 0]).clamp(min=1)
+        )
     rows = pairs.sum(positive, negative)
     each = rows.positive + rows.negative
     if reduction == "none":
         return each
-    loss = ordered_sum(each)
-    return loss if reduction == "sum" else loss / anchors_with_pairs(rows).sum().clamp(min=1)
+    loss = total_of(each)
+    return loss if reduction == "sum" else loss / count_of(anchors_with_pairs(rows)).clamp(min=1)
 
 
 def check_siglip_options(

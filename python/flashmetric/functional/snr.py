@@ -16,8 +16,8 @@ from flashmetric.functional.pair_reduction import (
     totals,
 )
 from flashmetric.functional.pairs import Term
+from flashmetric.functional.totals import count_of, total_of
 from flashmetric.labels import Labels
-from flashmetric.ops.ordered_sum import ordered_sum
 
 # Rows are normalised before, because the regulariser needs them, too.
 _DISTANCE = SNR(normalize=False)
@@ -115,8 +115,8 @@ def snr_contrastive_loss(
     paired = anchors_with_pairs(rows)
     # Masked, not multiplied by 0: a row without pairs may hold anything.
     bias = x.to(loss.dtype).masked_fill(~paired.unsqueeze(1), 0).sum(1).abs()
-    bias = weight * bias / paired.sum().clamp(min=1)
-    return loss + (bias if reduction == "none" else ordered_sum(bias))
+    bias = weight * bias / count_of(paired).clamp(min=1)
+    return loss + (bias if reduction == "none" else total_of(bias))
 
 
 def check_snr_options(

@@ -9,8 +9,8 @@ from torch import Tensor
 from flashmetric.checks import check_choice, check_positive_parameter, check_rows
 from flashmetric.functional.anchor_reduction import softplus
 from flashmetric.functional.pairs import LogSumExps, Pairs, Parameter, Term
+from flashmetric.functional.totals import total_of
 from flashmetric.labels import Labels
-from flashmetric.ops.ordered_sum import ordered_sum
 
 Reduction = Literal["mean", "sum", "none"]
 Form = Literal["out", "in"]
@@ -84,13 +84,13 @@ def shares_of_all(
     count = lse.positives.clamp(min=1).to(everything.dtype)
     if form == "in":
         rows = (everything - positive + count.log()).masked_fill(~counted, 0)
-        return rows if reduction == "none" else ordered_sum(rows), counted
+        return rows if reduction == "none" else total_of(rows), counted
     everything = everything.masked_fill(~counted, 0)
     if reduction == "none":
         return everything + pairs.sum(Term("linear", scale)).positive / count, counted
     # With the weights in the scale one number is wanted, whose gradient comes with it.
     mean = pairs.total(Term("linear", scale / count)).positive
-    return ordered_sum(everything) + mean, counted
+    return total_of(everything) + mean, counted
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:

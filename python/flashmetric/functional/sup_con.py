@@ -15,6 +15,7 @@ from flashmetric.functional.softmax_rows import (
     check_temperature,
     shares_of_all,
 )
+from flashmetric.functional.totals import count_of
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
 
@@ -99,7 +100,7 @@ def sup_con_loss(
     scale = 1 / temperature
     lse = pairs.logsumexp(Logit(-scale), Logit(-scale))
     value, counted = shares_of_all(pairs, lse, scale, form, reduction)
-    return value / counted.sum().clamp(min=1) if reduction == "mean" else value
+    return value / count_of(counted).clamp(min=1) if reduction == "mean" else value
 
 
 def check_sup_con_options(

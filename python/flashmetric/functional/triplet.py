@@ -17,6 +17,7 @@ from flashmetric.checks import (
 )
 from flashmetric.distances import Metric
 from flashmetric.functional.all_pairs import AllPairs
+from flashmetric.functional.anchor_reduction import reduce_listed
 from flashmetric.functional.batch_all import (
     TYPES,
     Types,
@@ -28,12 +29,13 @@ from flashmetric.functional.dense_pairs import recorded_matrices
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.scaled_anchor import prepare_scaled_pairs
+from flashmetric.functional.totals import current_ranks
 from flashmetric.functional.triplet_selection import spoil, triplet_distances
 from flashmetric.indices import TripletIndices
 from flashmetric.labels import Labels
 from flashmetric.ops import Hardest, HardestTriplets, PairDistance
 from flashmetric.ops.distance import Distance, accumulate_dtype
-from flashmetric.ops.hardest_triplets import reduce_triplets, triplet_hinge
+from flashmetric.ops.hardest_triplets import triplet_hinge
 from flashmetric.ops.terms import Formula
 
 Mining = Literal[
@@ -231,7 +233,7 @@ def triplet_margin_loss(
     margin, scale = float(margin), float(scale)
     plain = not isinstance(labels, Labels) and not isinstance(ref_labels, Labels)
     # On explicit matrices nothing is fused, and everything exact.
-    explicit = recorded_matrices() is not None
+    explicit = recorded_matrices() is not None or current_ranks() is not None
     keep, fused = empty == "keep", distance in _FUSED and anchor_scale == 1 and not explicit
     if fused and plain and mining == "batch_hard" and indices_tuple is None:
         batch = check_batch(embeddings, labels, ref_emb, ref_labels, None)
@@ -398,4 +400,4 @@ def _times(scale: float, loss: Tensor) -> Tensor:
 def _reduce(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return loss if valid is None else torch.where(valid.logical_or(loss.isnan()), loss, 0)
-    return reduce_triplets(loss, valid, reduction)[0]
+    return reduce_listed(loss, valid, reduction)

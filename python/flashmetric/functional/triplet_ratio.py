@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashmetric.checks import check_choice, check_distance, check_number
 from flashmetric.distances import Metric
+from flashmetric.functional.anchor_reduction import reduce_listed
 from flashmetric.functional.batch_all import batch_all_sums, reduce_sums
 from flashmetric.functional.listed_pairs import ListedPairs
 from flashmetric.functional.pair_loss import prepare_pairs
@@ -15,7 +16,6 @@ from flashmetric.functional.triplet import Mining, check_max_positives
 from flashmetric.functional.triplet_selection import SELECTIONS, spoil, triplet_distances
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance, accumulate_dtype
-from flashmetric.ops.hardest_triplets import reduce_triplets
 
 Reduction = Literal["mean", "sum", "none"]
 SelectedMining = Literal[
@@ -239,4 +239,4 @@ def _reduce(loss: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         loss = loss if valid is None else torch.where(valid, loss, 0)
         return loss if loss.ndim == 1 else loss.sum(1)
-    return reduce_triplets(loss.flatten(), None if valid is None else valid.flatten(), reduction)[0]
+    return reduce_listed(loss.flatten(), None if valid is None else valid.flatten(), reduction)
