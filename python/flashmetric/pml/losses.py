@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of pytorch-metric-learning, fused where the kernels can compute them."""
+
+from pytorch_metric_learning.losses import (
+    ArcFaceLoss,
+    BaseLossWrapper,
+    BaseMetricLossFunction,
+    CosFaceLoss,
+    DynamicSoftMarginLoss,
+    EmbeddingRegularizerMixin,
+    GenericPairLoss,
+    HistogramLoss,
+    InstanceLoss,
+    LargeMarginSoftmaxLoss,
+    ManifoldLoss,
+    MultipleLosses,
+    NormalizedSoftmaxLoss,
+    P2SGradLoss,
+    PNPLoss,
+    ProxyAnchorLoss,
+    ProxyNCALoss,
+    SelfSupervisedLoss,
+    SmoothAPLoss,
+    SphereFaceLoss,
+    SubCenterArcFaceLoss,
+    ThresholdConsistentMarginLoss,
+    VICRegLoss,
+    WeightRegularizerMixin,
+)
+
+from flashmetric.pml.anchor_losses import (
+    CircleLoss,
+    GeneralizedLiftedStructureLoss,
+    MultiSimilarityLoss,
+    NCALoss,
+    SupConLoss,
+)
+from flashmetric.pml.batch_losses import FastAPLoss, NPairsLoss, RankedListLoss, SoftTripleLoss
+from flashmetric.pml.cross_batch_memory import CrossBatchMemory
+from flashmetric.pml.listed_positives import AngularLoss, LiftedStructureLoss, TupletMarginLoss
+from flashmetric.pml.pair_losses import (
+    ContrastiveLoss,
+    IntraPairVarianceLoss,
+    NTXentLoss,
+    SignalToNoiseRatioContrastiveLoss,
+)
+from flashmetric.pml.triplet_losses import MarginLoss, TripletMarginLoss
+
+__all__ = [
+    "AngularLoss",
+    "ArcFaceLoss",
+    "BaseLossWrapper",
+    "BaseMetricLossFunction",
+    "CircleLoss",
+    "ContrastiveLoss",
+    "CosFaceLoss",
+    "CrossBatchMemory",
+    "DynamicSoftMarginLoss",
+    "EmbeddingRegularizerMixin",
+    "FastAPLoss",
+    "GeneralizedLiftedStructureLoss",
+    "GenericPairLoss",
+    "HistogramLoss",
+    "InstanceLoss",
+    "IntraPairVarianceLoss",
+    "LargeMarginSoftmaxLoss",
+    "LiftedStructureLoss",
+    "ManifoldLoss",
+    "MarginLoss",
+    "MultiSimilarityLoss",
+    "MultipleLosses",
+    "NCALoss",
+    "NPairsLoss",
+    "NTXentLoss",
+    "NormalizedSoftmaxLoss",
+    "P2SGradLoss",
+    "PNPLoss",
+    "ProxyAnchorLoss",
+    "ProxyNCALoss",
+    "RankedListLoss",
+    "SelfSupervisedLoss",
+    "SignalToNoiseRatioContrastiveLoss",
+    "SmoothAPLoss",
+    "SoftTripleLoss",
+    "SphereFaceLoss",
+    "SubCenterArcFaceLoss",
+    "SupConLoss",
+    "ThresholdConsistentMarginLoss",
+    "TripletMarginLoss",
+    "TupletMarginLoss",
+    "VICRegLoss",
+    "WeightRegularizerMixin",
+]
