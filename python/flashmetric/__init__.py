@@ -7,6 +7,7 @@ same losses as functions, and :mod:`flashmetric.reference` as textbook formulas 
 
 from flashmetric import _library, distances, functional, labels, miners, ops, reference
 from flashmetric.functional import pair_loss, pair_weights
+from flashmetric.grad_cache import GradCache, grad_cache
 from flashmetric.losses import (
     AdaptiveWeightedTripletLoss,
     AngularLoss,
@@ -44,6 +45,8 @@ from flashmetric.losses import (
     TripletRatioLoss,
     VerificationLoss,
 )
+from flashmetric.memory import CrossBatchMemory
+from flashmetric.momentum_queue import MomentumQueue
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,15 +59,18 @@ __all__ = [
     "CosineContrastiveLoss",
     "CosineEmbeddingLoss",
     "CosineTargetLoss",
+    "CrossBatchMemory",
     "ExponentialContrastiveLoss",
     "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
+    "GradCache",
     "InfoNCELoss",
     "LMNNLoss",
     "LearnedTemperature",
     "LiftedStructureLoss",
     "LogisticDistanceLoss",
     "MarginLoss",
+    "MomentumQueue",
     "MultiSimilarityLoss",
     "NCALoss",
     "NPairsLoss",
@@ -84,6 +90,7 @@ __all__ = [
     "VerificationLoss",
     "distances",
     "functional",
+    "grad_cache",
     "labels",
     "miners",
     "ops",

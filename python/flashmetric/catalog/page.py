@@ -90,6 +90,20 @@ the first epochs, then those whose negative is about as far as the positive, wit
 `margin`, like all hyper-parameters, is a plain attribute: assign `loss.margin = start + step * epoch`.
 """
 
+_MEMORIES = """\
+## Memories
+
+Modules around a loss, whose queues are in `state_dict`; every option is in their docstrings.
+
+| module | references | gradient |
+|---|---|---|
+| `CrossBatchMemory(loss, size, miner=None)` | the last `size` rows, with those of the batch (`compare=`); of any loss here that takes class labels | of the anchors; `batch_gradient=True`: of the batch as references too |
+| `MomentumQueue(size)` | the key of each query, and the last `size` keys as negatives (MoCo) | of the queries; `update()` lets the key encoder follow |
+
+`flashmetric.grad_cache(encoder, loss, inputs, chunk_size=...)` has the gradients of the whole batch with the
+activations of one chunk, for any loss here.
+"""
+
 _OWN = """\
 ## A loss of your own
 
@@ -145,7 +159,7 @@ def render(entries: Iterable[Entry]) -> str:
     """The page as Markdown."""
     entries = sorted(entries, key=lambda entry: entry.name)
     parts = [_HEAD, "## All losses\n", _table(entries), *map(_section, entries)]
-    return "\n".join([*parts, _LABELS, _DISTANCES, _MINERS, _OWN])
+    return "\n".join([*parts, _LABELS, _DISTANCES, _MINERS, _MEMORIES, _OWN])
 
 
 def _table(entries: list[Entry]) -> str:
