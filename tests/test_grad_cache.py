@@ -277,7 +277,6 @@ def test_memory_is_that_of_a_chunk():
         ({"encoders": lambda x: None}, TypeError, "an encoder must return a tensor"),
         ({"encoders": lambda x: x.sum(0)}, ValueError, "an encoder must return a row per row, 2"),
     ],
-    ids=str,
 )
 def test_errors(given, error, match):
     options = {"encoders": Encoder(), "loss": lambda x: x.sum(), "chunk_size": 2} | given

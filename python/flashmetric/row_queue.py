@@ -163,9 +163,7 @@ class Gathered:
     @torch.no_grad()
     def __call__(self, values: Tensor) -> Tensor:
         """Values of all ranks' rows, without gradient."""
-        most = max(self.counts)
-        padded = values.new_zeros((most, *values.shape[1:]))
-        padded[: len(values)] = values
-        parts = [torch.empty_like(padded) for _ in self.counts]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
+        # Not above: torch may have been built without what it imports.
+        from flashmetric.distributed.rows import gather_rows
+
+        return gather_rows(values, self.counts, self.group)

@@ -69,7 +69,24 @@ class Circle:
         return x, self.labels, block, self.of_rank[owner], self.rule, self.distance
 
 
-def _back(ctx: Any, sweep: Any, x: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:
+def _added(
+    circle: Circle, x: Tensor, refs: Tensor, sweep: Callable[..., tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Sums over the blocks of what ``sweep(*pairs)`` finds in each."""
+    results: tuple[Tensor, ...] | None = None
+    with circle.rounds(refs) as rounds:
+        for owner, block in rounds:
+            part = sweep(*circle.pairs(x, owner, block))
+            if results is not None:
+                part = tuple(a + b for a, b in zip(results, part, strict=True))
+            results = part
+    assert results is not None
+    return results
+
+
+def _back(
+    circle: Circle, x: Tensor, refs: Tensor, sweep: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Gradients of anchors and of own references; ``sweep(owner, block)`` gives those of one."""
     dtype = accumulate_dtype(x.dtype)
     of_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
@@ -80,7 +97,7 @@ def _back(ctx: Any, sweep: Any, x: Tensor, refs: Tensor) -> tuple[Tensor, Tensor
         grads: Tensor = grad_block.to(dtype)
         return grads
 
-    of_refs = ctx.circle.ring.rounds_with_sums(refs, add, dtype)
+    of_refs = circle.ring.rounds_with_sums(refs, add, dtype)
     return of_x.to(x.dtype), of_refs.to(refs.dtype)
 
 
@@ -98,16 +115,8 @@ class _Sum(torch.autograd.Function):
         offset: Tensor,
         bound: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        results: list[Tensor] = []
-        with circle.rounds(refs) as rounds:
-            for owner, block in rounds:
-                part = row_sum(*circle.pairs(x, owner, block), *terms, scale, offset, bound, False)[
-                    :3
-                ]
-                results = (
-                    [a + b for a, b in zip(results, part, strict=True)] if results else [*part]
-                )
-        sums, counts, slopes = results
+        given = (*terms, scale, offset, bound, False)
+        sums, counts, slopes = _added(circle, x, refs, lambda *p: row_sum(*p, *given)[:3])
         ctx.circle, ctx.terms = circle, terms
         ctx.save_for_backward(x, refs, scale, offset, bound, slopes)
         ctx.mark_non_differentiable(counts)
@@ -118,13 +127,14 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, refs, scale, offset, bound, slopes = ctx.saved_tensors
         given = (scale, offset, bound)
+        circle: Circle = ctx.circle
         of_x, of_refs = _back(
-            ctx,
-            lambda owner, block: row_sum_backward(
-                grad, *ctx.circle.pairs(x, owner, block), *ctx.terms, *given, True
-            ),
+            circle,
             x,
             refs,
+            lambda owner, block: row_sum_backward(
+                grad, *circle.pairs(x, owner, block), *ctx.terms, *given, True
+            ),
         )
         by_scale = parameter_grad(grad * slopes[2:], scale)
         return of_x, of_refs, None, None, by_scale, parameter_grad(grad * slopes[:2], offset), None
@@ -174,13 +184,14 @@ class _Lse(torch.autograd.Function):
         x, refs, scale, offset, bound, lse, mean = ctx.saved_tensors
         grad = grad.masked_fill(lse == -torch.inf, 0)
         given = (*ctx.forms, scale, offset, bound, ctx.shape, True)
+        circle: Circle = ctx.circle
         of_x, of_refs = _back(
-            ctx,
-            lambda owner, block: row_lse_backward(
-                grad, lse, None, None, *ctx.circle.pairs(x, owner, block), *given
-            ),
+            circle,
             x,
             refs,
+            lambda owner, block: row_lse_backward(
+                grad, lse, None, None, *circle.pairs(x, owner, block), *given
+            ),
         )
         by_scale, by_offset = parameter_grad(grad * mean, scale), parameter_grad(grad, offset)
         return of_x, of_refs, None, None, by_scale, by_offset, None, None
@@ -199,14 +210,8 @@ class _Thresholds(torch.autograd.Function):
         formula: str,
         thresholds: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        results: list[Tensor] = []
-        with circle.rounds(refs) as rounds:
-            for owner, block in rounds:
-                part = threshold_sum(*circle.pairs(x, owner, block), kind, formula, thresholds)
-                results = (
-                    [a + b for a, b in zip(results, part, strict=True)] if results else [*part]
-                )
-        sums, counts, slopes = results
+        given = (kind, formula, thresholds)
+        sums, counts, slopes = _added(circle, x, refs, lambda *p: threshold_sum(*p, *given))
         ctx.circle, ctx.given = circle, (kind, formula)
         ctx.save_for_backward(x, refs, thresholds, slopes)
         ctx.mark_non_differentiable(counts)
@@ -217,13 +222,14 @@ class _Thresholds(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, refs, thresholds, slopes = ctx.saved_tensors
         grad = grad.masked_fill(thresholds == -torch.inf, 0)
+        circle: Circle = ctx.circle
         of_x, of_refs = _back(
-            ctx,
-            lambda owner, block: threshold_sum_backward(
-                grad, *ctx.circle.pairs(x, owner, block), *ctx.given, thresholds, True
-            ),
+            circle,
             x,
             refs,
+            lambda owner, block: threshold_sum_backward(
+                grad, *circle.pairs(x, owner, block), *ctx.given, thresholds, True
+            ),
         )
         by_threshold = grad * slopes
         if thresholds.shape[0] == 1:
@@ -258,7 +264,7 @@ class _Distances(torch.autograd.Function):
             grads: tuple[Tensor, Tensor] = pair_distance_backward(grad.T.contiguous(), *of_pairs)
             return grads
 
-        of_x, of_refs = _back(ctx, sweep, x, refs)
+        of_x, of_refs = _back(circle, x, refs, sweep)
         return of_x, of_refs, None, None
 
 
