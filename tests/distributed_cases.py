@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the processes of test_distributed.py run: every loss on parts of a batch."""
 
+import copy
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import flashmetric
+from flashmetric import miners
 from flashmetric.catalog import ENTRIES
 from flashmetric.distributed import gather_loss, ring_loss
+from flashmetric.labels import Labels, multi_hot
 
 FORMS: dict[str, Callable[..., nn.Module]] = {"gather": gather_loss, "ring": ring_loss}
 # Of these sizes are the parts; the last has no positives.
 PARTS = {2: (25, 16), 4: (14, 3, 13, 11)}
 WITHOUT_PAIRS = 11
-NOT_ALL_ANCHORS = ("ContrastiveImageTextLoss",)
 NEED_ALL_ROWS = ("NPairsLoss", "AngularLoss", "QuadrupletLoss")
 
 MINED = {
@@ -32,8 +36,7 @@ def losses(form: str) -> dict[str, nn.Module]:
     """Every loss over labelled batches that this form serves."""
     made = {name: make() for name, make in MINED.items()}
     for entry in ENTRIES:
-        served = entry.name not in NOT_ALL_ANCHORS
-        served = served and not (form == "ring" and entry.name in NEED_ALL_ROWS)
+        served = not (form == "ring" and entry.name in NEED_ALL_ROWS)
         if entry.call != "batch" or not served:
             continue
         options = dict(entry.example)
@@ -59,92 +62,205 @@ def part(rank: int, world: int) -> slice:
     return slice(begin, begin + PARTS[world][rank])
 
 
-def start(rank: int, world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{store}")
+def leaves(*weights: Tensor) -> list[Tensor]:
+    return [weight.clone().requires_grad_() for weight in weights]
 
 
-def every_loss(rank: int, world: int, store: str, form: str) -> None:
-    """Value and gradient of the encoder against those of one process, in float64."""
-    start(rank, world, store)
+def compare(name: str, loss: nn.Module, ours: Any, theirs: Any) -> None:
+    """Value and gradients of all ranks against those of one process.
+
+    ``ours`` and ``theirs`` are a value and the leaves that it depends on; the loss may have
+    parameters too.
+    """
+    found = []
+    for value, tensors in (ours, theirs):
+        loss.zero_grad()
+        value.backward()
+        parameters = [p.grad for p in loss.parameters() if p.requires_grad]
+        found.append([value.detach(), *(t.grad for t in tensors), *parameters])
+    for gradient in found[0][1:]:
+        if gradient is not None:
+            dist.all_reduce(gradient)
+    for place, (mine, whole) in enumerate(zip(*found, strict=True)):
+        torch.testing.assert_close(
+            mine, whole, rtol=1e-9, atol=1e-9, msg=lambda m, n=(name, place): f"{n}: {m}"
+        )
+
+
+def every_loss(rank: int, world: int, form: str) -> None:
+    """Value, and gradients of encoder and loss, against those of one process, in float64."""
     x, labels, weight = data(torch.float64)
     own = part(rank, world)
     for name, loss in losses(form).items():
         loss = loss.double()
-        leaf = weight.clone().requires_grad_()
+        (leaf,), (alone,) = leaves(weight), leaves(weight)
         value = FORMS[form](loss, average=False)(x[own] @ leaf, labels[own])
-        value.backward()
-        assert leaf.grad is not None
-        dist.all_reduce(leaf.grad)
-        alone = weight.clone().requires_grad_()
-        expected = loss(x @ alone, labels)
-        expected.backward()
-        for ours, theirs in ((value, expected), (leaf.grad, alone.grad)):
-            torch.testing.assert_close(
-                ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    dist.destroy_process_group()
+        compare(name, loss, (value, [leaf]), (loss(x @ alone, labels), [alone]))
 
 
-def data_parallel(rank: int, world: int, store: str, form: str) -> None:
-    """A step of DistributedDataParallel in float32: the same parameters as one process has."""
-    start(rank, world, store)
-    x, labels, _ = data(torch.float32)
-    own = part(rank, world)
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
-    whole = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
-    whole.load_state_dict(model.state_dict())
-    loss = flashmetric.SupConLoss()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    value = FORMS[form](loss)(parallel(x[own]), labels[own])
-    value.backward()
-    expected = loss(whole(x), labels)
-    expected.backward()
-    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0.0)
-    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        size = float(theirs.grad.abs().max())
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6 * size)
-    dist.destroy_process_group()
-
-
-def towers(rank: int, world: int, store: str, form: str) -> None:
-    """Two towers, with and without labels."""
-    start(rank, world, store)
+def mined(rank: int, world: int, form: str) -> None:
+    """Pairs and triplets that a miner has chosen from the rows of all ranks."""
     x, labels, weight = data(torch.float64)
     own = part(rank, world)
-    texts = x.flip(1) @ weight
-    for given in (None, labels):
-        for loss in (flashmetric.InfoNCELoss(), flashmetric.SigLIPLoss()):
-            of_ranks, alone = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-            mine = None if given is None else given[own]
-            value = FORMS[form](loss.double(), average=False)(
-                x[own] @ of_ranks, mine, texts[own], mine
-            )
-            expected = loss(x @ alone, given, ref_emb=texts, ref_labels=given)
-            value.backward()
-            expected.backward()
-            assert of_ranks.grad is not None
-            dist.all_reduce(of_ranks.grad)
-            torch.testing.assert_close(value, expected)
-            torch.testing.assert_close(of_ranks.grad, alone.grad)
-    dist.destroy_process_group()
+    pairs = miners.MultiSimilarityMiner(0.3)
+    triplets = miners.TripletMarginMiner(0.3, type_of_triplets="all")
+    for name, loss in losses(form).items():
+        if name in ("NPairsLoss", "QuadrupletLoss"):
+            continue
+        loss = loss.double()
+        for miner in (pairs, triplets):
+            (leaf,), (alone,) = leaves(weight), leaves(weight)
+            whole = x @ alone
+            indices = miner(whole, labels)
+            assert all(len(index) for index in indices)
+            try:
+                expected = loss(whole, labels, indices)
+            except (TypeError, ValueError) as error:
+                # A loss that does its own mining takes none; on any rank.
+                assert "indices_tuple" in str(error), error
+                continue
+            call = gather_loss(loss, average=False, miner=miner)
+            value = call(x[own] @ leaf, labels[own])
+            compare(f"{name}, {miner}", loss, (value, [leaf]), (expected, [alone]))
+    images, texts = leaves(weight, weight.flip(0)), leaves(weight, weight.flip(0))
+    clip = flashmetric.ContrastiveImageTextLoss().double()
+    call = gather_loss(clip, average=False, miner=pairs)
+    value = call(x[own] @ images[0], labels[own], x[own] @ images[1], labels[own])
+    towers_of_all = x @ texts[0], x @ texts[1]
+    indices = pairs(towers_of_all[0], labels, towers_of_all[1], labels)
+    expected = clip(towers_of_all[0], labels, indices, towers_of_all[1], labels)
+    compare("CLIP, mined", clip, (value, images), (expected, texts))
 
 
-def errors(rank: int, world: int, store: str, form: str) -> None:
+def encoder() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+def same_step(ours: list[Tensor | None], theirs: list[Tensor | None]) -> None:
+    """Gradients in float32, to the last digits that sums in another order change."""
+    assert len(ours) == len(theirs)
+    for mine, whole in zip(ours, theirs, strict=True):
+        assert mine is not None and whole is not None
+        size = float(whole.abs().max())
+        assert size > 0
+        torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-6 * size)
+
+
+def data_parallel(rank: int, world: int, form: str) -> None:
+    """A step of DistributedDataParallel in float32: the same gradients as one process has."""
+    x, labels, _ = data(torch.float32)
+    own = part(rank, world)
+    for make in (flashmetric.SupConLoss, flashmetric.ContrastiveImageTextLoss):
+        loss, alone, model, whole = make(), make(), encoder(), encoder()
+        parallel: nn.Module = nn.parallel.DistributedDataParallel(model)
+        call: nn.Module = FORMS[form](loss)
+        if list(loss.parameters()):
+            # The learned temperature: its gradients are averaged with those of the encoder.
+            call = nn.parallel.DistributedDataParallel(call)
+        value = call(parallel(x[own]), labels[own])
+        expected = alone(whole(x), labels)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0.0)
+        ours = [p.grad for module in (model, loss) for p in module.parameters()]
+        same_step(ours, [p.grad for module in (whole, alone) for p in module.parameters()])
+
+
+def sharded(rank: int, world: int, form: str) -> None:
+    """A step of FSDP2, which shards the parameters: gradients as one process has."""
+    # Not above: it takes seconds.
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    x, labels, _ = data(torch.float32)
+    own = part(rank, world)
+    model, whole = encoder(), encoder()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    loss = flashmetric.MultiSimilarityLoss()
+    value = FORMS[form](loss)(model(x[own]), labels[own])
+    expected = loss(whole(x), labels)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0.0)
+    shards = [p.grad for p in model.parameters()]
+    assert all(isinstance(shard, DTensor) for shard in shards)
+    same_step([shard.full_tensor() for shard in shards], [p.grad for p in whole.parameters()])
+
+
+def towers(rank: int, world: int, form: str) -> None:
+    """Two towers, with and without labels; one way and both ways."""
+    x, labels, weight = data(torch.float64)
+    own = part(rank, world)
+    towered: dict[str, nn.Module] = {
+        "InfoNCE": flashmetric.InfoNCELoss(),
+        "SigLIP": flashmetric.SigLIPLoss(),
+        "CLIP": flashmetric.ContrastiveImageTextLoss(),
+        "CLIP in": flashmetric.ContrastiveImageTextLoss(form="in", reduction="sum"),
+        "CLIP fixed": flashmetric.ContrastiveImageTextLoss(learn_temperature=False),
+        "CLIP limit": flashmetric.ContrastiveImageTextLoss(0.005),
+    }
+    # Texts of their own number and classes, among them ones of no image.
+    of_texts = torch.cat([labels[:30], labels[:30] + 3])
+    chosen = slice(own.start // 2, own.stop)
+    tags = torch.stack([labels % 2, labels % 3 == 0, labels < 5], 1)
+    text_tags = torch.stack([of_texts % 3 == 1, of_texts % 2, of_texts % 2 == 0], 1)
+    cases: dict[str, Any] = {
+        "rows": (None, None, own),
+        "labels": (labels, labels, own),
+        "several texts": (labels, of_texts, chosen),
+        "tags": (multi_hot(tags), multi_hot(text_tags), chosen),
+    }
+    for case, (of_x, of_refs, there) in cases.items():
+        for name, loss in towered.items():
+            loss = loss.double()
+            if name == "SigLIP" and case != "rows":
+                continue
+            ours, alone = leaves(weight, weight.flip(0)), leaves(weight, weight.flip(0))
+            texts = x.flip(1) if of_refs is None or len(of_refs) == 41 else x.flip(1).repeat(2, 1)
+            # Every rank has its own part; one process has all of these, in their order.
+            parts = [part(r, world) for r in range(world)]
+            if there is not own:
+                parts = [slice(p.start // 2, p.stop) for p in parts]
+            whole = torch.cat([torch.arange(len(texts))[p] for p in parts])
+            mine = None if of_x is None else rows_of(of_x, own)
+            mine_refs = None if of_refs is None else rows_of(of_refs, there)
+            call = FORMS[form](loss, average=False)
+            given = (x[own] @ ours[0], mine, texts[there] @ ours[1], mine_refs)
+            if form == "ring" and case == "tags" and name.startswith("CLIP") and name != "CLIP in":
+                try:
+                    call(*given)
+                except ValueError as error:
+                    assert "one class per row" in str(error)
+                    continue
+                raise AssertionError("nothing raised")
+            refs = None if of_refs is None else rows_of(of_refs, whole)
+            expected = loss(x @ alone[0], of_x, ref_emb=texts[whole] @ alone[1], ref_labels=refs)
+            compare(f"{name}, {case}", loss, (call(*given), ours), (expected, alone))
+
+
+def rows_of(labels: Any, index: Any) -> Any:
+    if isinstance(labels, Tensor):
+        return labels[index]
+    return type(labels)(labels.words[index], labels.rule)
+
+
+def errors(rank: int, world: int, form: str) -> None:
     """Whatever is wrong on one rank is raised on all of them."""
-    start(rank, world, store)
     x, labels, _ = data(torch.float32)
     own, last = part(rank, world), rank == world - 1
     x, labels = x[own], labels[own]
     loss = FORMS[form](flashmetric.SupConLoss())
 
-    class Failing(flashmetric.SupConLoss):
-        def forward(self, *args: Any) -> Tensor:
-            if last:
-                raise MemoryError("no memory on the last rank")
-            return super().forward(*args)
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory on the last rank")
+
+    failing = flashmetric.SupConLoss()
+    if last:
+        failing.register_forward_pre_hook(fail)
 
     def raised(run: Callable[[], object]) -> str:
         try:
@@ -153,16 +269,89 @@ def errors(rank: int, world: int, store: str, form: str) -> None:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
-    message = raised(lambda: loss(x[:, :4] if last else x, labels))
-    assert "RankError" in message and "number of features" in message, message
-    message = raised(lambda: loss(x.double() if last else x, labels))
-    assert "RankError" in message and "dtype of embeddings" in message, message
-    message = raised(lambda: loss(x, labels[1:] if last else labels))
-    assert ("ValueError: labels" if last else f"on rank {world - 1}") in message, message
-    other = FORMS[form](flashmetric.SupConLoss(0.1 if last else 0.2))
-    assert "loss" in raised(lambda: other(x, labels))
-    message = raised(lambda: FORMS[form](Failing())(x, labels))
+    def disagree(what: str, *given: Any, call: nn.Module = loss) -> None:
+        message = raised(lambda: call(*given))
+        assert "RankError" in message and what in message, message
+
+    def wrong(what: str, *given: Any) -> None:
+        message = raised(lambda: loss(*given))
+        assert (what if last else f"wrong arguments on rank {world - 1}") in message, message
+
+    ids = torch.stack([labels, labels], 1)
+    disagree("number of features", x[:, :4] if last else x, labels)
+    disagree("dtype of embeddings", x.double() if last else x, labels)
+    disagree("use of ref_emb", *((x, labels, x, labels) if last else (x, labels)))
+    words = Labels(ids, "equal") if last else labels
+    disagree("number of words per label", x, words, x, words)
+    rule = Labels(labels, "any") if last else labels
+    disagree("kind of labels", x, rule, x, rule)
+    disagree("loss and kind", x, labels, call=FORMS[form](flashmetric.SupConLoss(0.1 + last)))
+    kind = flashmetric.TripletMarginLoss() if last else flashmetric.SupConLoss()
+    disagree("loss and kind", x, labels, call=FORMS[form](kind))
+    wrong("ValueError: labels", x, labels[1:] if last else labels)
+    wrong("TypeError: embeddings", None if last else x, labels)
+    wrong("TypeError: embeddings", x.long() if last else x, labels)
+    nowhere = (x.to("meta"), labels.to("meta")) if last else (x, labels)
+    wrong("ValueError: embeddings must be on a device", *nowhere)
+    wrong("labels must be one class", x, Labels(ids, "equal") if last else labels)
+    per_class = flashmetric.MarginLoss(learn_beta=True, num_classes=200)
+    message = raised(lambda: FORMS[form](per_class)(x, labels))
+    assert "ValueError: loss must not have a margin or beta per class" in message, message
+    disagree("need of gradients", x.clone().requires_grad_(last), labels)
+    message = raised(lambda: FORMS[form](failing)(x, labels))
     assert ("MemoryError" if last else "another rank has failed") in message, message
     # The group still works.
     assert loss(x, labels).isfinite()
-    dist.destroy_process_group()
+
+
+def ends(rank: int, store: str, form: str) -> None:
+    """A process that is killed between two steps; the exit code of the other says what it saw."""
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
+    loss = FORMS[form](flashmetric.SupConLoss())
+    x, labels, _ = data(torch.float32)
+    loss(x, labels)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        loss(x, labels)
+    except RuntimeError:
+        # Nor does the group let go of what is under way.
+        os._exit(0)
+    os._exit(1)
+
+
+def compiled(rank: int, world: int) -> None:
+    """Inside of what a compiler compiles, and around a loss that it has compiled: all ranks."""
+    x, labels, weight = data(torch.float64)
+    own = part(rank, world)
+    for make in (flashmetric.SupConLoss, flashmetric.TripletMarginLoss):
+        for form in FORMS.values():
+            (leaf,), (alone,) = leaves(weight), leaves(weight)
+            call = form(make(), average=False)
+            step = torch.compile(lambda x, y, leaf, call=call: call(x @ leaf, y), backend="eager")
+            expected = make()(x @ alone, labels)
+            value = step(x[own], labels[own], leaf)
+            compare("a compiled step", call, (value, [leaf]), (expected, [alone]))
+            inner = make()
+            inner.compile(backend="eager")
+            (leaf,), (alone,) = leaves(weight), leaves(weight)
+            value = form(inner, average=False)(x[own] @ leaf, labels[own])
+            expected = make()(x @ alone, labels)
+            compare("a compiled loss", inner, (value, [leaf]), (expected, [alone]))
+            copied = copy.deepcopy(form(make(), dist.group.WORLD))
+            torch.testing.assert_close(copied(x[own], labels[own]), make()(x, labels))
+
+
+def default_backend(rank: int, world: int, form: str) -> None:
+    """A group that names no backend, and one of some ranks only."""
+    x, labels, _ = data(torch.float32)
+    everyone = dist.new_group(list(range(world)), backend=None)
+    reverse = dist.new_group([world - 1, *range(world - 1)])
+    for group in (everyone, reverse):
+        own = part(dist.get_rank(group), world)
+        # It wants the longest list of positives of any rank.
+        loss = flashmetric.LiftedStructureLoss()
+        leaf = x.clone().requires_grad_()
+        value = FORMS[form](loss, group, average=False)(leaf[own], labels[own])
+        value.backward()
+        torch.testing.assert_close(value, loss(x, labels))

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashmetric.distributed.columns import merge_columns
 from flashmetric.distributed.ring import Ring
 from flashmetric.distributed.ring_pairs import RingPairs
 from flashmetric.distributed.rows import gather_with_gradient
 from flashmetric.functional.all_pairs import AllPairs
-from flashmetric.functional.pairs import Pairs
+from flashmetric.functional.pairs import LogSumExps, Pairs
 
 _NUMBERS = 8
 """Numbers of a vector of sums: a flag, and up to seven values."""
@@ -26,6 +27,11 @@ _NUMBERS = 8
 
 class RankError(RuntimeError):
     """Another rank has failed, or ranks were given what does not fit together."""
+
+
+def served_devices(group: dist.ProcessGroup | None) -> list[str]:
+    """Types of the devices between which a process group communicates, such as ``"cpu"``."""
+    return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
 class GroupRanks:
@@ -74,6 +80,11 @@ class GroupRanks:
         self.settle()
         return gather_with_gradient(values, self.counts, self.group)
 
+    def merge(self, lse: LogSumExps) -> LogSumExps:
+        """Log-sum-exps of references over the anchors of all ranks, alike on all of them."""
+        self.settle()
+        return merge_columns(lse, self.group)
+
     @property
     def begin(self) -> int:
         """Which row of the whole batch is the first anchor of this rank."""
@@ -91,10 +102,10 @@ class GroupRanks:
         message = numbers.new_zeros(_NUMBERS)
         message[1 : 1 + numbers.numel()] = numbers
         dist.all_reduce(message, group=self.group)
-        # On the CPU only: a GPU would have to be waited for. There the flag spoils the sums.
-        if message.device.type == "cpu" and message[0] != 0:
+        # This waits for a GPU. To go on without the rank that failed would be to wait for ever.
+        if message[0] != 0:
             raise RankError("another rank has failed while the loss was computed: see its error")
-        return (message + message[0])[1 : 1 + numbers.numel()]
+        return message[1 : 1 + numbers.numel()]
 
     def settle(self) -> None:
         """The last thing that all ranks do, so that a failure anywhere reaches everyone."""
@@ -127,9 +138,10 @@ class GroupRanks:
             Exception: ``error``, on its own rank.
             RankError: another rank has an error, or facts differ.
         """
-        own = torch.tensor(
-            [int(error is not None), *facts.values()], dtype=torch.int64, device=self.device
-        )
+        # Not where the tensors are, which may be in the wrong place.
+        device = "cpu" if "cpu" in served_devices(self.group) else "cuda"
+        flag = int(error is not None)
+        own = torch.tensor([flag, *facts.values()], dtype=torch.int64, device=device)
         every = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(every, own, group=self.group)
         if error is not None:

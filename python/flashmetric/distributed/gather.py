@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss over the batch of all ranks, of which each rank works on its own anchors."""
 
+import copy
 import zlib
 from typing import Any, NamedTuple
 
@@ -9,17 +10,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashmetric.checks import check_batch, check_flag
-from flashmetric.distributed.agreement import GroupRanks
+from flashmetric.distributed.agreement import GroupRanks, served_devices
 from flashmetric.distributed.rows import gather_rows, gather_with_gradient
 from flashmetric.functional.totals import across
 from flashmetric.labels import Labels
 from flashmetric.losses.base import Loss
+from flashmetric.losses.pair_loss import PairLoss
+from flashmetric.losses.soft_triple import SoftTripletLoss
+from flashmetric.losses.softmax import ContrastiveImageTextLoss
+from flashmetric.miners.base import Miner
 from flashmetric.ops.labels import words
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What these look at is not a statistic of an anchor over all references.
+_CHOOSE_FROM_ALL = ("NPairsLoss", "QuadrupletLoss")
 _NEED_ALL_ROWS = ("NPairsLoss", "AngularLoss", "QuadrupletLoss")
-_BOTH_WAYS = ("ContrastiveImageTextLoss",)
 
 
 class _Scale(torch.autograd.Function):
@@ -50,24 +55,36 @@ class GatherLoss(nn.Module):
     """A loss over the rows of all ranks; made by :func:`gather_loss` and :func:`ring_loss`."""
 
     def __init__(
-        self, loss: Loss, group: dist.ProcessGroup | None, average: bool, ring: bool
+        self,
+        loss: Loss,
+        group: dist.ProcessGroup | None,
+        average: bool,
+        ring: bool,
+        miner: Miner | None = None,
     ) -> None:
         """Wrap a loss."""
         super().__init__()
-        if not isinstance(loss, Loss):
-            raise TypeError(f"loss must be a loss of flashmetric, got {type(loss).__name__}")
+        _check_loss(loss)
+        if getattr(loss, "reduction", "mean") == "none":
+            raise ValueError("reduction must not be 'none' for a loss over all ranks; got 'none'")
         check_flag("average", average)
-        if type(loss).__name__ in _BOTH_WAYS:
+        if miner is not None and not isinstance(miner, Miner):
+            raise TypeError(f"miner must be a miner of flashmetric, got {type(miner).__name__}")
+        if miner is not None and type(loss).__name__ in _CHOOSE_FROM_ALL:
             raise ValueError(
-                f"loss must look at anchors one way; {type(loss).__name__} looks both ways"
+                f"miner must be None for {type(loss).__name__}, which chooses among the anchors of "
+                "all ranks itself"
             )
-        if ring and type(loss).__name__ in _NEED_ALL_ROWS:
+        if ring and (type(loss).__name__ in _NEED_ALL_ROWS or getattr(loss, "swap", False)):
             raise ValueError(
-                f"loss must do without all rows at once in a ring; {type(loss).__name__} does not: "
+                f"loss must do without all rows at once in a ring; {loss!r} does not: "
                 "use gather_loss"
             )
-        self.loss, self.group, self.average, self.ring = loss, group, average, ring
+        self.loss, self.miner = loss, miner
+        self.group, self.average, self.ring = group, average, ring
 
+    # A compiler would not see that totals are those of all ranks, and take the own ones.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         embeddings: Tensor,
@@ -76,14 +93,14 @@ class GatherLoss(nn.Module):
         ref_labels: Tensor | Labels | None = None,
     ) -> Tensor:
         """The loss of the batch that the rows of all ranks are, the same on every rank."""
-        if getattr(self.loss, "reduction", "mean") == "none":
-            raise ValueError("reduction must not be 'none' for a loss over all ranks; got 'none'")
         alone, error, rows = ref_emb is None, None, None
         try:
             rows = _checked(embeddings, labels, ref_emb, ref_labels)
-        except (TypeError, ValueError) as problem:
-            error = problem  # told to all ranks, raised by agree()
-        ranks = GroupRanks(self.group, embeddings.device)
+            self._check_served(rows, alone)
+        except Exception as problem:  # noqa: BLE001 - told to all ranks, raised by agree()
+            error = problem
+        device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
+        ranks = GroupRanks(self.group, device)
         counts = ranks.agree("gather_loss", self._facts(embeddings, rows, alone), error)
         assert rows is not None
         with ranks.failing_together():
@@ -91,42 +108,109 @@ class GatherLoss(nn.Module):
             refs, own, of_refs, rule = rows
             every = gather_rows(of_refs, ranks.counts, self.group)
             here = slice(ranks.begin, ranks.begin + ranks.anchors)
-            if alone or labels is None:
-                numbers = torch.arange(len(every), device=refs.device).unsqueeze(1)
-                if labels is None:
-                    own, every = numbers[here][: len(embeddings)], numbers
-                else:
-                    # The group of a row is its number: no row is a pair with itself.
-                    own = torch.cat([own, numbers[here]], 1)
-                    every, rule = torch.cat([every, numbers], 1), "group:da"
+            numbers = torch.arange(len(every), device=refs.device).unsqueeze(1)
+            if labels is None:
+                own, every = numbers[here][: len(embeddings)], numbers
+            classes = Labels(own, rule), Labels(every, rule)
+            if alone:
+                # The group of a row is its number: no row is a pair with itself.
+                own = torch.cat([own, numbers[here]], 1)
+                every, rule = torch.cat([every, numbers], 1), "group:da"
             if self.ring:
                 ranks.ring_labels, every = every, every[here]
             else:
                 refs = gather_with_gradient(refs, ranks.counts, self.group)
-            with across(ranks):
-                value: Tensor = self.loss(
-                    embeddings, Labels(own, rule), None, refs, Labels(every, rule)
-                )
+            given, chosen = (Labels(own, rule), Labels(every, rule)), None
+            if self.miner is not None:
+                chosen = self.miner(embeddings, given[0], refs, given[1])
+                # The pairs tell a row from itself: losses that ask for one class see no more.
+                given = classes
+            # Also a loss that was compiled by itself.
+            with across(ranks), torch.compiler.set_stance("force_eager"):
+                value: Tensor = self.loss(embeddings, given[0], chosen, refs, given[1])
             ranks.settle()
         if not self.average:
             return value
         scaled: Tensor = _Scale.apply(value, ranks.size)  # type: ignore[no-untyped-call]
         return scaled
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GatherLoss":
+        """A copy of the same process group, which is no data of the loss."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.group)] = self.group
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _check_served(self, rows: _Rows, alone: bool) -> None:
+        """Raise unless this loss and group can do with these rows."""
+        devices = served_devices(self.group)
+        if rows.refs.device.type not in devices:
+            raise ValueError(
+                f"embeddings must be on a device that the group serves, one of {devices}; "
+                f"got {rows.refs.device}"
+            )
+        if alone and _has_numbers_per_class(self.loss):
+            raise ValueError(
+                f"loss must not have a margin or beta per class without ref_emb; got {self.loss!r}"
+            )
+        one_class = rows.rule == "equal" and rows.labels.shape[1] == 1
+        out = isinstance(self.loss, ContrastiveImageTextLoss) and self.loss.form == "out"
+        if self.ring and out and not one_class:
+            raise ValueError(
+                "labels must be one class per row for ContrastiveImageTextLoss of form 'out' in a "
+                "ring: use form 'in' or gather_loss"
+            )
+
     def _facts(self, embeddings: Tensor, rows: _Rows | None, alone: bool) -> dict[str, int]:
-        refs, labels, rule = embeddings, embeddings.new_empty((0, 0)), ""
-        if rows is not None:
-            refs, labels, _, rule = rows
-        features = embeddings.shape[1] if embeddings.ndim == 2 else -1
-        return {
-            "rows": len(refs),
-            "same number of features": features,
-            "same dtype of embeddings": _code(embeddings.dtype),
-            "same dtype of ref_emb": _code(refs.dtype),
-            "same use of ref_emb": int(alone),
-            "same number of words per label": labels.shape[1],
-            "same loss and kind of labels": zlib.crc32(f"{self.loss!r} {rule}".encode()),
-        }
+        """What the ranks compare; of a rank with an error nobody reads it."""
+        names = (
+            "rows",
+            "same number of features",
+            "same dtype of embeddings",
+            "same type of device",
+            "same use of ref_emb",
+            "same need of gradients (requires_grad, no_grad)",
+            "same number of words per label",
+            "same loss and kind of labels",
+        )
+        if rows is None:
+            return dict.fromkeys(names, 0)
+        options = f"{self.loss!r} {self.miner!r} {rows.rule}"
+        values = (
+            len(rows.refs),
+            embeddings.shape[1],
+            _DTYPES.index(embeddings.dtype),
+            zlib.crc32(rows.refs.device.type.encode()),
+            int(alone),
+            torch.is_grad_enabled() * (embeddings.requires_grad + 2 * rows.refs.requires_grad),
+            rows.labels.shape[1],
+            zlib.crc32(options.encode()),
+        )
+        return dict(zip(names, values, strict=True))
+
+
+def _check_loss(loss: object) -> None:
+    kind = type(loss)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if not isinstance(loss, Loss) or not kind.__module__.startswith("flashmetric."):
+        raise TypeError(f"loss must be a loss of flashmetric itself, got {name}")
+    if isinstance(loss, PairLoss):
+        raise TypeError(
+            "loss must be a loss of flashmetric other than PairLoss, whose formula sees the "
+            "anchors of one rank only"
+        )
+    if isinstance(loss, SoftTripletLoss):
+        raise TypeError(
+            "loss must compare rows with rows; SoftTripletLoss has centres of its own: use it "
+            "as it is on each rank"
+        )
+
+
+def _has_numbers_per_class(loss: Loss) -> bool:
+    scalar = {"margin": 1, "beta": 0}
+    values = ((getattr(loss, name, None), most) for name, most in scalar.items())
+    return any(isinstance(value, Tensor) and value.ndim > most for value, most in values)
 
 
 def _checked(
@@ -157,12 +241,12 @@ def _checked(
     return _Rows(refs, own, of_refs, batch.rule)
 
 
-def _code(dtype: torch.dtype) -> int:
-    return _DTYPES.index(dtype) if dtype in _DTYPES else -1
-
-
 def gather_loss(
-    loss: Loss, group: dist.ProcessGroup | None = None, *, average: bool = True
+    loss: Loss,
+    group: dist.ProcessGroup | None = None,
+    *,
+    average: bool = True,
+    miner: Miner | None = None,
 ) -> GatherLoss:
     """A loss of this package over the rows of all ranks.
 
@@ -174,10 +258,17 @@ def gather_loss(
         loss(x, y)
 
     Args:
-        loss: a loss module with a reduction. Its options have to be the same on all ranks.
+        loss: a loss module of this package with a reduction, but no :class:`~flashmetric.PairLoss`
+            and no :class:`~flashmetric.SoftTripletLoss`. Its options have to be the same on all
+            ranks. A margin or beta per class needs ``ref_emb``.
         group: the ranks; None for all of the default group.
         average: the gradient is multiplied by the number of ranks, for DistributedDataParallel and
-            FSDP, which average gradients over ranks (default). False if they are added up.
+            FSDP2, which average gradients over ranks (default). False if they are added up. This
+            goes for parameters of the loss, such as a learned temperature, too: wrap the result in
+            DistributedDataParallel, or average their gradients after backward.
+        miner: one of :mod:`flashmetric.miners`: each rank chooses, for its own anchors, from the
+            rows of all ranks. Not for N-pairs and quadruplets. Default: the loss takes all pairs,
+            or does its own mining.
 
     Returns:
         A module, called as ``(embeddings, labels, ref_emb, ref_labels)`` with the rows of the
@@ -187,9 +278,14 @@ def gather_loss(
         belongs together.
 
     Raises:
-        RankError: another rank has raised an error, or ranks disagree in the number of features,
-            dtypes or the loss; on every rank.
+        RankError: another rank has raised an error in this call, or ranks disagree in the number of
+            features, dtypes, device type, label rule, or the loss and its options; on every rank.
+            What happens outside of this call, in the encoder or in ``backward()``, is not told:
+            the others wait until that process ends, or for the timeout of the group.
         TypeError, ValueError: as the loss; labels of several words need ``ref_emb``.
+
+    Compilation:
+        ``torch.compile`` leaves the call out of its graphs; the rest of a step may be compiled.
 
     Determinism:
         Sums go round the ranks in an order that the group fixes. The same for the same number of
@@ -198,7 +294,7 @@ def gather_loss(
     Memory:
         O(N D) for the rows of all ranks, and their gradients. :func:`ring_loss` never holds them.
     """
-    return GatherLoss(loss, group, average, False)
+    return GatherLoss(loss, group, average, False, miner)
 
 
 def ring_loss(
@@ -208,7 +304,7 @@ def ring_loss(
 
     Two blocks of rows are held at a time, and the next one travels while this one is computed
     with. Backward goes round again with the finished statistics, and with the gradients of each
-    block. Losses over the pairs that a choice from all rows makes (N-pairs, angular, quadruplet)
-    need :func:`gather_loss`. Labels are gathered, 16 bytes a row.
+    block. Losses over the pairs that a choice from all rows makes (N-pairs, angular, quadruplet),
+    ``swap=True``, and miners, need :func:`gather_loss`. Labels are gathered, 16 bytes a row.
     """
     return GatherLoss(loss, group, average, True)

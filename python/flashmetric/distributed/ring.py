@@ -56,12 +56,14 @@ class Ring:
         most = max(self.counts)
         sums = torch.zeros((most, *rows.shape[1:]), dtype=dtype, device=rows.device)
         for owner, block in self.rounds(rows):
-            own = add(owner, block)
+            arriving, wait = sums, _nothing
             if owner != self.rank:
-                # What the ranks before have found of this block arrives after the rows did.
+                # What the ranks before have found of this block travels while this one adds to it.
                 arriving = torch.empty_like(sums)
-                self._pass_on(sums, arriving)()
-                sums = arriving
+                wait = self._pass_on(sums, arriving)
+            own = add(owner, block)
+            wait()
+            sums = arriving
             sums[: self.counts[owner]] += own
         if self.size > 1:
             home = torch.empty_like(sums)
@@ -69,14 +71,15 @@ class Ring:
             sums = home
         return sums[: self.counts[self.rank]]
 
-    def largest(self, number: int) -> int:
+    def largest(self, number: int, device: torch.device) -> int:
         """The largest of the numbers that the ranks have; waits for them."""
-        device = "cpu" if dist.get_backend(self.group) == "gloo" else "cuda"
         largest = torch.tensor(number, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return int(largest)
 
     def _padded(self, rows: Tensor) -> Tensor:
+        if len(rows) == max(self.counts):
+            return rows.contiguous()
         padded = rows.new_zeros((max(self.counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
         return padded

@@ -10,11 +10,15 @@ from torch import Tensor
 
 def gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Concatenate the rows of all ranks, of which rank r has ``counts[r]``; without a gradient."""
-    most = max(counts)
-    padded = rows.new_zeros((most, *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    every = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(every, padded, group=group)
+    most, equal = max(counts), min(counts) == max(counts)
+    if not equal:
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        rows = padded
+    every = rows.new_empty((len(counts), most, *rows.shape[1:]))
+    dist.all_gather(list(every.unbind()), rows.contiguous(), group=group)
+    if equal:
+        return every.flatten(0, 1)
     return torch.cat([part[:count] for part, count in zip(every, counts, strict=True)])
 
 
@@ -37,15 +41,13 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         counts: list[int] = ctx.counts
-        most, rank = max(counts), dist.get_rank(ctx.group)
-        parts = grad.new_zeros((len(counts), most, *grad.shape[1:]))
-        for part, own, count in zip(parts, grad.split(counts), counts, strict=True):
-            part[:count] = own
+        most = max(counts)
+        parts = list(grad.contiguous().split(counts))
+        if min(counts) < most:
+            # All of one size, whatever is behind the rows.
+            parts = [grad.new_zeros((most, *grad.shape[1:])) for _ in counts]
+            for part, of_rank in zip(parts, grad.split(counts), strict=True):
+                part[: len(of_rank)] = of_rank
         own = torch.empty_like(parts[0])
-        if dist.get_backend(ctx.group) == "gloo":
-            # Gloo has no reduce-scatter.
-            dist.all_reduce(parts, group=ctx.group)
-            own = parts[rank]
-        else:
-            dist.reduce_scatter_tensor(own, parts, group=ctx.group)
-        return own[: counts[rank]], None, None
+        dist.reduce_scatter(own, parts, group=ctx.group)
+        return own[: counts[dist.get_rank(ctx.group)]], None, None

@@ -4,6 +4,7 @@
 import math
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from flashmetric.checks import check_choice, check_distance, check_parameter, check_positive
@@ -11,16 +12,18 @@ from flashmetric.distances import Metric
 from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.listed_pairs import other_way
 from flashmetric.functional.pair_loss import prepare_pairs
-from flashmetric.functional.pairs import Logit, LogSumExps, Pairs, Parameter
+from flashmetric.functional.pairs import Logit, LogSumExps, Pairs, Parameter, Term
 from flashmetric.functional.softmax_rows import (
     FORM,
     Form,
     label_towers,
     shares_of_all,
 )
-from flashmetric.functional.totals import count_of
+from flashmetric.functional.totals import count_of, one_batch, over_all_anchors
 from flashmetric.labels import Labels
 from flashmetric.ops.distance import Distance
+from flashmetric.ops.labels import class_members, words
+from flashmetric.ops.ordered_sum import ordered_sum
 
 ImageTextReduction = Literal["mean", "sum"]
 _REDUCTION = get_args(ImageTextReduction)
@@ -129,12 +132,13 @@ def image_text_loss(
     fused = isinstance(pairs, AllPairs)
     if isinstance(pairs, AllPairs) and pairs.anchor_scale is not None:
         raise ValueError("distance must be symmetric; got one that scales by its first row")
-    if fused and ref_emb is None:
-        return _direction(pairs, pairs.logsumexp(logit, logit), scale, form, reduction)
+    if fused and one_batch(ref_emb):
+        return _of_images(pairs, pairs.logsumexp(logit, logit), scale, form, reduction)
     if indices_tuple is not None:
         indices_tuple = other_way(indices_tuple)
+    by_class = isinstance(pairs, AllPairs) and _of_one_class(pairs)
     back = pairs
-    if form == "out" or not fused:
+    if not fused or not (by_class or form == "in"):
         # The same pairs with exchanged roles.
         back = prepare_pairs(
             embeddings if ref_emb is None else ref_emb,
@@ -149,15 +153,56 @@ def image_text_loss(
         of_images, of_texts = pairs.logsumexp_both_ways(logit, logit)
     else:
         of_images, of_texts = pairs.logsumexp(logit, logit), back.logsumexp(logit, logit)
-    images = _direction(pairs, of_images, scale, form, reduction)
-    return (images + _direction(back, of_texts, scale, form, reduction)) / 2
+    of_texts = over_all_anchors(of_texts)
+    images = _of_images(pairs, of_images, scale, form, reduction)
+    positives = of_texts.positives
+    if isinstance(pairs, AllPairs) and by_class and form == "out":
+        positives = _of_their_class(pairs, positives)
+    return (images + _of_texts(back, of_texts, positives, scale, form, reduction)) / 2
 
 
-def _direction(
+def _of_images(
     pairs: Pairs, lse: LogSumExps, scale: Parameter, form: str, reduction: str
 ) -> Tensor:
     value, counted = shares_of_all(pairs, lse, scale, form, "sum")
     return value / count_of(counted).clamp(min=1) if reduction == "mean" else value
+
+
+def _of_texts(
+    pairs: Pairs,
+    lse: LogSumExps,
+    positives: Tensor,
+    scale: Parameter,
+    form: str,
+    reduction: str,
+) -> Tensor:
+    """The direction of the texts, whose log-sum-exps all ranks have alike.
+
+    ``pairs`` are those of the anchors here, with any roles; ``positives`` counts for each of these
+    anchors how many images the text of a pair goes with.
+    """
+    counted = lse.positive != -torch.inf
+    if form == "in":
+        value = ordered_sum(shares_of_all(pairs, lse, scale, form, "none")[0])
+    else:
+        everything = torch.logaddexp(lse.positive.masked_fill(~counted, 0), lse.negative)
+        count = positives.clamp(min=1).to(everything.dtype)
+        mean = pairs.total(Term("linear", scale / count)).positive
+        value = ordered_sum(everything.masked_fill(~counted, 0)) + mean
+    return value / counted.sum().clamp(min=1) if reduction == "mean" else value
+
+
+def _of_one_class(pairs: AllPairs) -> bool:
+    return pairs.rule == "equal" and words(pairs.labels).shape[1] == 1
+
+
+def _of_their_class(pairs: AllPairs, counts: Tensor) -> Tensor:
+    """Counts of texts as counts of images: what is equal in a class, by its first text."""
+    assert pairs.ref_labels is not None
+    labels, ref_labels = (words(side)[:, 0] for side in (pairs.labels, pairs.ref_labels))
+    first = class_members(labels, ref_labels, 1)[:, 0]
+    # The last one, 0, is for images without a text.
+    return torch.nn.functional.pad(counts, (0, 1))[first]
 
 
 def check_image_text_options(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flashmetric.functional.pairs import Pairs, Sums
+from flashmetric.functional.pairs import LogSumExps, Pairs, Sums
 from flashmetric.ops.ordered_sum import ordered_sum
 
 
@@ -42,6 +42,9 @@ class Ranks(Protocol):
 
     def gather(self, values: Tensor) -> Tensor:
         """Values [N] of the anchors of all ranks; the gradient finds its way back."""
+
+    def merge(self, lse: LogSumExps) -> LogSumExps:
+        """Log-sum-exps of references over the anchors of all ranks, alike on all of them."""
 
     @property
     def begin(self) -> int:
@@ -119,6 +122,16 @@ def of_references(values: Tensor) -> Tensor:
     """Values [N] of the anchors as those of the references, where these are one batch."""
     ranks = current_ranks()
     return values if ranks is None else ranks.gather(values)
+
+
+def over_all_anchors(lse: LogSumExps) -> LogSumExps:
+    """Log-sum-exps of the references over the anchors here, as those over all anchors.
+
+    All ranks have them alike, and each differentiates its own share: sums of what follows from them
+    are the whole batch's already, and no business of :func:`total_of`.
+    """
+    ranks = current_ranks()
+    return lse if ranks is None else ranks.merge(lse)
 
 
 def of_own_anchors(values: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ def pair_counts(labels: Tensor, ref_labels: Tensor | None, rule: str) -> tuple[T
     refs = labels if ref_labels is None else ref_labels
     if rule == "equal" and words(labels).shape[1] == 1:
         return _count_equal(words(labels)[:, 0], words(refs)[:, 0], alone)
+    if rule.startswith("group:"):
+        return _count_by_group(labels, refs, rule, alone)
     counts = labels.new_zeros((2, labels.shape[0]), dtype=torch.int64)
     step = max(1, _SLAB // max(1, refs.shape[0]))
     for begin in range(0, labels.shape[0], step):
@@ -101,6 +103,37 @@ def _count_equal(labels: Tensor, refs: Tensor, alone: bool) -> tuple[Tensor, Ten
     same = (last - first).masked_fill(~known, 0)
     other = (refs != IGNORED).sum() - same
     return same - known.long() if alone else same, other.masked_fill(~known, 0)
+
+
+def _count_by_group(labels: Tensor, refs: Tensor, rule: str, alone: bool) -> tuple[Tensor, Tensor]:
+    """Counts from those of equal classes, of equal groups, and of both at once."""
+    known, of_refs = labels[:, 0] != IGNORED, refs[:, 0] != IGNORED
+    # By class, then by group: both are equal where neither changes from one row to the next.
+    every = torch.cat([labels, refs])
+    order = every[:, 1].argsort(stable=True)
+    order = order[every[order, 0].argsort(stable=True)]
+    change = (every[order].diff(dim=0) != 0).any(1).cumsum(0)
+    both = torch.zeros_like(order).scatter(0, order, torch.nn.functional.pad(change, (1, 0)))
+    columns = [*zip(labels.T.contiguous(), refs.T.contiguous(), strict=True)]
+    columns.append(both.split([len(labels), len(refs)]))
+    one_class, one_group, pair = (_matches(*column, of_refs) for column in columns)
+    positives = {"a": one_class, "s": pair, "d": one_class - pair}[rule[-2]]
+    other = {"a": of_refs.sum().expand_as(pair), "s": one_group}.get(rule[-1])
+    if other is None:
+        other = of_refs.sum() - one_group
+    same = {"a": one_class, "s": pair, "d": one_class - pair}[rule[-1]]
+    if alone and rule[-2] != "d":
+        positives = positives - 1
+    return positives.masked_fill(~known, 0), (other - same).masked_fill(~known, 0)
+
+
+def _matches(keys: Tensor, refs: Tensor, counted: Tensor) -> Tensor:
+    """How many of the counted ``refs`` equal each key."""
+    order = refs.argsort(stable=True)
+    ordered = refs[order]
+    before = torch.nn.functional.pad(counted[order].cumsum(0), (1, 0))
+    first, last = (torch.searchsorted(ordered, keys, right=right) for right in (False, True))
+    return before[last] - before[first]
 
 
 def class_members(labels: Tensor, refs: Tensor, count: int) -> Tensor:
