@@ -4,7 +4,6 @@
 import copy
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,28 +235,6 @@ def test_autocast_changes_nothing(entry: Entry) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = value_and_grad(entry, loss, x, LABELS)
     torch.testing.assert_close(mixed, plain)
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.one_graph], ids=name_of)
-def test_compiles_to_one_graph(entry: Entry) -> None:
-    loss, x = make(entry), rows(24, 6, torch.float32)
-    compiled = torch.compile(
-        lambda x: call(entry, loss, x, LABELS), fullgraph=True, backend="aot_eager"
-    )
-    expected = value_and_grad(entry, loss, x, LABELS)
-    x = x.detach().clone().requires_grad_()
-    loss.zero_grad()
-    value = compiled(x)
-    value.backward()
-    torch.testing.assert_close((value.detach(), x.grad), expected[:2])
 
 
 @pytest.mark.parametrize("entry", [e for e in BATCH if e.listed], ids=name_of)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from flashmetric.indices import PairIndices, TripletIndices
 from flashmetric.labels import Labels
@@ -34,6 +35,13 @@ class Batch(NamedTuple):
 
 LARGEST_NUMBER = 1e18
 """Largest hyper-parameter. A product of two such is still a float32, as is one over any."""
+
+
+def readable(values: Tensor) -> bool:
+    """Whether a check may read the numbers: nobody waits for them, and there are some to read."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not isinstance(values, FakeTensor)
 
 
 def check_number(name: str, value: object) -> None:
@@ -81,7 +89,7 @@ def check_positive_parameter(name: str, value: object) -> None:
         check_positive(name, value)
     elif value.device.type == "cuda":
         torch._assert_async(~(value.detach() <= 0), f"{name} must be above 0")
-    elif value.device.type == "cpu" and not torch.compiler.is_compiling() and bool(value <= 0):
+    elif readable(value) and bool(value <= 0):
         raise ValueError(f"{name} must be above 0, got {value.item()}")
 
 
@@ -95,9 +103,8 @@ def check_not_negative(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {_short(value.dtype)}")
     elif value.device.type == "cuda":
         torch._assert_async((value.detach() >= 0).all(), f"{name} must be at least 0")
-    elif value.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool((value >= 0).all()):
-            raise ValueError(f"{name} must be at least 0, got {value.min().item()}")
+    elif readable(value) and not bool((value >= 0).all()):
+        raise ValueError(f"{name} must be at least 0, got {value.min().item()}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -158,7 +165,8 @@ def check_batch(
     if labels is not None:
         words, rule = _check_labels("labels", labels, "embeddings", embeddings)
     elif indices_tuple is None:
-        raise ValueError("labels must be given unless indices_tuple is; got None")
+        hint = "" if ref_emb is None else " (if row i belongs to row i of ref_emb: arange for both)"
+        raise ValueError(f"labels must be given unless indices_tuple is; got None{hint}")
     if ref_labels is not None and ref_emb is not None:
         ref_words, ref_rule = _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
         if words is not None and (ref_rule != rule or ref_words.shape[1:] != words.shape[1:]):
@@ -295,7 +303,7 @@ def _check_index(
     if index.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {_short(index.dtype)}")
     _check_same(name, "device", index.device, device)
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+    if not readable(index) or index.numel() == 0:
         return
     low, high = (int(bound) for bound in index.aminmax())
     if low < lowest or high >= rows:
@@ -314,5 +322,5 @@ def check_classes(labels: Tensor, classes: int) -> None:
     message = f"labels must be classes from 0 to {classes - 1}"
     if labels.device.type == "cuda":
         torch._assert_async(~wrong.any(), message)
-    elif labels.device.type == "cpu" and bool(wrong.any()):
+    elif readable(labels) and bool(wrong.any()):
         raise ValueError(f"{message}; got {int(labels[wrong][0])}")

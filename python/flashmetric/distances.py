@@ -10,12 +10,14 @@ An object maps the rows first and then uses the kernel of a name; what it learns
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashmetric.checks import check_positive
 from flashmetric.ops.distance import accumulate_dtype, full_precision
+from flashmetric.ops.first_order import first_order_only
 
 __all__ = [
     "RBF",
@@ -47,11 +49,38 @@ class Metric(nn.Module):
     forward: Callable[..., Tensor] = rows
 
 
-@full_precision
+def _widened(x: Tensor) -> Tensor:
+    """Half precision widened once, which is exact: what maps the rows must not round them."""
+    return x.to(accumulate_dtype(x.dtype))
+
+
+class _Product(torch.autograd.Function):
+    """``x @ factor.T``, of which autocast rounds neither the value nor, by itself, a gradient."""
+
+    @staticmethod
+    @full_precision
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        """Rows [N, D] times the factor [any, D] transposed."""
+        ctx.save_for_backward(x, factor)
+        return x @ factor.T
+
+    @staticmethod
+    @first_order_only
+    @full_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients, of those that are wanted."""
+        x, factor = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return grad @ factor if wanted[0] else None, grad.T @ x if wanted[1] else None
+
+
+_apply_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
+
+
 def _product(x: Tensor, factor: Tensor) -> Tensor:
-    """``x @ factor.T`` as precise as the distances that follow: half precision is widened once."""
-    dtype = accumulate_dtype(x.dtype)
-    return torch.nn.functional.linear(x.to(dtype), factor.to(dtype))
+    """``x @ factor.T`` as precise as the distances that follow."""
+    x = _widened(x)
+    return _apply_product(x, factor.to(x.dtype))
 
 
 class RBF(Metric):
@@ -76,7 +105,7 @@ class RBF(Metric):
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows in units of sigma."""
-        return x / self.sigma
+        return _widened(x) / self.sigma
 
     def extra_repr(self) -> str:
         """The width."""
@@ -111,7 +140,7 @@ class SNR(Metric):
         # Here, because all functions import this module.
         from flashmetric.functional.normalize import normalize_rows
 
-        x = normalize_rows(x) if self.normalize else x
+        x = normalize_rows(x) if self.normalize else _widened(x)
         centred = x - x.mean(1, keepdim=True)
         # What a constant row leaves is the rounding of its mean, not a variance to divide by.
         rounding = (8 * torch.finfo(x.dtype).eps) ** 2
@@ -204,7 +233,10 @@ class _Weighted(Metric):
 
     def rows(self, x: Tensor) -> Tensor:
         """Rows times the weights, which is the same and needs no kernel of its own."""
-        return x if self.weight is None else x * self.weight.to(x.dtype)
+        if self.weight is None:
+            return x
+        x = _widened(x)
+        return x * self.weight.to(x.dtype)
 
 
 class Cityblock(_Weighted):

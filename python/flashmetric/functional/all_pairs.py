@@ -97,12 +97,15 @@ class AllPairs(Pairs):
         listed = index.T.contiguous()
         return pair_distance(self.embeddings, self.ref_emb, None, listed, self.distance).T
 
+    # What is selected has no gradient; without a kernel, autograd would record the search.
     def _nearest_beyond(self, kind: Kind, farthest: bool, limits: Tensor) -> Tensor:
-        index: Tensor = nearest_beyond(*self._pairs, kind, farthest, limits)
+        with torch.no_grad():
+            index: Tensor = nearest_beyond(*self._pairs, kind, farthest, limits)
         return index
 
     def _row_top_k(self, kind: Kind, k: int, farthest: bool) -> Tensor:
-        index: Tensor = row_top_k(*self._pairs, kind, k, farthest)
+        with torch.no_grad():
+            index: Tensor = row_top_k(*self._pairs, kind, k, farthest)
         return index
 
     def _by_kind(self, positive: Parameter, negative: Parameter) -> Tensor:

@@ -13,6 +13,7 @@ from flashmetric.functional.softmax_rows import (
     Reduction,
     check_reduction,
     check_temperature,
+    inverse_of,
     label_towers,
     negative_log_share,
 )
@@ -180,13 +181,13 @@ def info_nce_loss(
     if not towers:
         return _every_pair(pairs, temperature, reduction)
     # The log-sum-exp over one positive is its logit: a single sweep finds everything.
-    scale = 1 / temperature
+    scale = inverse_of(temperature)
     rows, counted = negative_log_share(pairs.logsumexp(Logit(-scale), Logit(-scale)))
     return reduce_anchors(rows, counted, reduction)
 
 
 def _every_pair(pairs: Pairs, temperature: Parameter, reduction: str) -> Tensor:
-    scale = 1 / temperature
+    scale = inverse_of(temperature)
     negatives = pairs.logsumexp(negative=Logit(-scale)).negative
     # -log(p / (p + n)) = log(1 + e^(log n - log p)), with log n an offset of the anchor.
     offset = negatives.masked_fill(negatives == -torch.inf, _NOTHING)

@@ -10,7 +10,7 @@ from flashmetric.functional.normalize import normalize_rows
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Pairs
 from flashmetric.labels import Labels
-from flashmetric.ops.distance import Distance, has_unit_rows
+from flashmetric.ops.distance import Distance, accumulate_dtype, has_unit_rows
 
 
 def prepare_scaled_pairs(
@@ -40,6 +40,9 @@ def prepare_scaled_pairs(
         if normalize:
             embeddings, normalize = normalize_rows(embeddings), False
             ref_emb = None if ref_emb is None else normalize_rows(ref_emb)
+        # Before they are scaled: half precision is widened once, and not rounded again.
+        dtype = accumulate_dtype(embeddings.dtype)
+        embeddings, ref_emb = embeddings.to(dtype), None if ref_emb is None else ref_emb.to(dtype)
         if ref_emb is None:
             ref_emb = embeddings
             if indices_tuple is None:

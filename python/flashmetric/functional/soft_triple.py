@@ -2,23 +2,19 @@
 """SoftTriple loss: a softmax classifier with several learned centres per class."""
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from flashmetric.checks import check_batch, check_classes, check_number, check_positive
 from flashmetric.functional.anchor_reduction import reduce_anchors
 from flashmetric.functional.normalize import normalize_rows
-from flashmetric.functional.softmax_rows import (
-    Reduction,
-    check_reduction,
-)
+from flashmetric.functional.softmax_rows import Reduction, check_reduction
 from flashmetric.labels import Labels
-from flashmetric.ops.distance import full_precision, slabs
-from flashmetric.ops.first_order import first_order_only
+from flashmetric.ops import ClassCrossEntropy
 from flashmetric.ops.labels import IGNORED
-from flashmetric.ops.ordered_sum import add_product, ordered_sum
+from flashmetric.ops.ordered_sum import ordered_sum
+
+_class_cross_entropy: Callable[..., Tensor] = ClassCrossEntropy.apply
 
 
 def soft_triple_loss(
@@ -153,79 +149,3 @@ def _spread(w: Tensor) -> Tensor:
         cosine = (w[:, k : k + 1] * w[:, k + 1 :]).sum(2)
         total = total + ordered_sum((2 + 1e-5 - 2 * cosine).sqrt().flatten())
     return total
-
-
-def _products(x: Tensor, w: Tensor, inverse: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Products [N, c, K] with the centres of some classes, their softmax, and its mean [N, c]."""
-    s = x.new_zeros((x.shape[0], w.shape[0] * w.shape[1]))
-    s = add_product(s, x, w.flatten(0, 1).T).unflatten(1, w.shape[:2])
-    share = (s * inverse).softmax(2)
-    return s, share, (share * s).sum(2)
-
-
-def _logits(
-    similarity: Tensor, labels: Tensor, begin: int, la: float, margin: float
-) -> tuple[Tensor, Tensor]:
-    """Logits [N, c] of the classes from ``begin`` on, and which are those of the own class."""
-    numbers = torch.arange(begin, begin + similarity.shape[1], device=labels.device)
-    own = labels.unsqueeze(1) == numbers
-    return la * torch.where(own, similarity - margin, similarity), own
-
-
-@full_precision
-def _forward(
-    x: Tensor, w: Tensor, labels: Tensor, la: float, inverse: float, margin: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and log-sum-exp of every row."""
-    lse, own_logit = x.new_full(labels.shape, -torch.inf), x.new_zeros(labels.shape)
-    for part in slabs(w.shape[0], x.shape[0] * w.shape[1]):
-        similarity = _products(x, w[part], inverse)[2]
-        logits, own = _logits(similarity, labels, part.start, la, margin)
-        lse = torch.logaddexp(lse, logits.logsumexp(1))
-        own_logit += logits.where(own, 0).sum(1)
-    return (lse - own_logit).masked_fill(labels == IGNORED, 0), lse
-
-
-@full_precision
-def _backward(
-    x: Tensor,
-    w: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    la: float,
-    inverse: float,
-    margin: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients in rows and centres, from the same products once more."""
-    grad_x, grad_w = torch.zeros_like(x), torch.zeros_like(w)
-    factor = (la * grad).masked_fill(labels == IGNORED, 0).unsqueeze(1)
-    for part in slabs(w.shape[0], x.shape[0] * w.shape[1]):
-        s, share, similarity = _products(x, w[part], inverse)
-        logits, own = _logits(similarity, labels, part.start, la, margin)
-        slope = ((logits - lse.unsqueeze(1)).exp() - own.to(x.dtype)) * factor
-        # The mean changes with a product by its share, and as the shares move.
-        slope = share * (1 + inverse * (s - similarity.unsqueeze(2))) * slope.unsqueeze(2)
-        slope = slope.flatten(1)
-        add_product(grad_x, slope, w[part].flatten(0, 1))
-        add_product(grad_w[part].flatten(0, 1), slope.T, x)
-    return grad_x, grad_w
-
-
-class _ClassCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x, w, labels, *ctx.options = args
-        loss, lse = _forward(*args)
-        ctx.save_for_backward(x, w, labels, lse)
-        return loss
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, labels, lse = ctx.saved_tensors
-        grad_x, grad_w = _backward(x, w, labels, lse, grad, *ctx.options)
-        return grad_x, grad_w, None, None, None, None
-
-
-_class_cross_entropy: Callable[..., Tensor] = _ClassCrossEntropy.apply

@@ -11,6 +11,7 @@ from flashmetric.functional.anchor_reduction import softplus
 from flashmetric.functional.pairs import LogSumExps, Pairs, Parameter, Term
 from flashmetric.functional.totals import total_of
 from flashmetric.labels import Labels
+from flashmetric.ops.distance import accumulate_dtype
 
 Reduction = Literal["mean", "sum", "none"]
 Form = Literal["out", "in"]
@@ -22,6 +23,13 @@ LabelPair = tuple[Tensor | Labels | None, Tensor | Labels | None]
 def check_temperature(value: object) -> None:
     """Raise unless ``value`` is a number above 0, or a tensor with one element."""
     check_positive_parameter("temperature", value)
+
+
+def inverse_of(temperature: Parameter) -> Parameter:
+    """One over the temperature; of a learned one in half precision in float32, unrounded."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(accumulate_dtype(temperature.dtype))
+    return 1 / temperature
 
 
 def check_reduction(value: object) -> None:

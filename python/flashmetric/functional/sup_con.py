@@ -13,6 +13,7 @@ from flashmetric.functional.softmax_rows import (
     Reduction,
     check_reduction,
     check_temperature,
+    inverse_of,
     shares_of_all,
 )
 from flashmetric.functional.totals import count_of
@@ -97,7 +98,7 @@ def sup_con_loss(
         ref_labels=ref_labels,
         indices_tuple=indices_tuple,
     )
-    scale = 1 / temperature
+    scale = inverse_of(temperature)
     lse = pairs.logsumexp(Logit(-scale), Logit(-scale))
     value, counted = shares_of_all(pairs, lse, scale, form, reduction)
     return value / count_of(counted).clamp(min=1) if reduction == "mean" else value

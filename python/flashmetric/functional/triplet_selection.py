@@ -111,7 +111,9 @@ def spoil(pairs: Pairs, loss: Tensor) -> Tensor:
         return loss
     x = pairs.embeddings
     refs = x if pairs.ref_emb is None else pairs.ref_emb
-    if x.shape[0] <= (pairs.ref_emb is None) or refs.shape[0] == 0:
+    # Not the bool itself: the compiler does not compare a size with one.
+    itself = 1 if pairs.ref_emb is None else 0
+    if x.shape[0] <= itself or refs.shape[0] == 0:
         return loss
     norms = [squared_norms(rows.detach().to(accumulate_dtype(x.dtype))) for rows in (x, refs)]
     return loss * (1 + poison(*norms))

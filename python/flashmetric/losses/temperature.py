@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flashmetric.checks import check_positive
+from flashmetric.ops.distance import accumulate_dtype
 
 __all__ = ["LearnedTemperature"]
 
@@ -51,8 +52,10 @@ class LearnedTemperature(nn.Module):
 
     def forward(self) -> Tensor:
         """The temperature, shape []."""
-        excess = (self.logit_scale - math.log(self.max_scale)).clamp(min=0).detach()
-        return (excess - self.logit_scale).exp()
+        # Also of a module in half precision: the exponential would be rounded once more.
+        scale = self.logit_scale.to(accumulate_dtype(self.logit_scale.dtype))
+        excess = (scale - math.log(self.max_scale)).clamp(min=0).detach()
+        return (excess - scale).exp()
 
     def extra_repr(self) -> str:
         """The limit."""

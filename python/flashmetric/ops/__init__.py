@@ -9,6 +9,7 @@ memory safety needs: :mod:`flashmetric.functional` is the interface for users.
 import flashmetric.ops.matmul_precision  # noqa: F401  defines an op
 import flashmetric.ops.nearest_beyond  # noqa: F401  defines an op
 import flashmetric.ops.row_top_k  # noqa: F401  defines an op
+from flashmetric.ops.class_cross_entropy import ClassCrossEntropy
 from flashmetric.ops.hardest import Hardest
 from flashmetric.ops.hardest_triplets import HardestTriplets
 from flashmetric.ops.pair_distance import PairDistance
@@ -17,6 +18,7 @@ from flashmetric.ops.row_sum import RowSum, RowTotal
 from flashmetric.ops.threshold_sum import ThresholdSum
 
 __all__ = [
+    "ClassCrossEntropy",
     "Hardest",
     "HardestTriplets",
     "PairDistance",
