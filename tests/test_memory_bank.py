@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cross-batch memory: which pairs count, what enters, what is kept; and its state."""
+"""The cross-batch memory: which pairs count, what enters, and what is kept."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -244,40 +242,6 @@ def test_ignored_rows():
     keep = torch.tensor([0, 2, 3, 5])
     torch.testing.assert_close(memory(x, marked), ContrastiveLoss()(x[keep], labels[keep]))
     assert (memory.labels[:6] == IGNORED).tolist() == [False, True, False, False, True, False]
-
-
-@pytest.mark.parametrize("options", [{}, {"embedding_size": 5, "dtype": torch.float64}], ids=str)
-def test_state_dict_restores_the_memory_exactly(options):
-    given = batches(4, n=7)
-    memory = CrossBatchMemory(SupConLoss(), 16, **options)
-    for batch in given[:2]:
-        memory(*batch)
-    file = io.BytesIO()
-    torch.save(memory.state_dict(), file)
-    file.seek(0)
-    fresh = CrossBatchMemory(SupConLoss(), 16, **options)
-    used = CrossBatchMemory(SupConLoss(), 16, **options)
-    used(*given[3])
-    copies = [copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))]
-    state = torch.load(file)
-    for other in (fresh, used):
-        other.load_state_dict(state)
-    for batch in given[2:]:
-        expected = memory(*batch)
-        for other in (fresh, used, *copies):
-            assert torch.equal(other(*batch), expected)
-            assert all(torch.equal(getattr(other, n), getattr(memory, n)) for n in STATE)
-
-
-def test_state_from_before_the_first_batch_and_of_another_size():
-    empty = CrossBatchMemory(SupConLoss(), 16).state_dict()
-    used = CrossBatchMemory(SupConLoss(), 16)
-    (x, labels), _ = batches(2)
-    used(x, labels)
-    used.load_state_dict(empty)
-    assert used.filled.item() == 0 and used(x.float(), labels).isfinite()
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        CrossBatchMemory(SupConLoss(), 8).load_state_dict(used.state_dict())
 
 
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16], ids=str)

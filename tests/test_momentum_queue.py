@@ -118,9 +118,42 @@ def test_errors():
     loss, x = MomentumQueue(4), make_rows(4, 5)
     with pytest.raises(ValueError, match="keys must have the shape of queries"):
         loss(x, make_rows(3, 5))
-    with pytest.raises(ValueError, match="ref_emb must have the dtype"):
+    with pytest.raises(
+        ValueError, match=r"keys must have the dtype of queries, torch.float64; got"
+    ):
         loss(x, x.float())
+    with pytest.raises(TypeError, match="keys must be a tensor, got NoneType"):
+        loss(x, None)
+    with pytest.raises(ValueError, match=r"queries must have shape \[rows, features\], got \(4,"):
+        loss(torch.zeros(4), torch.zeros(4))
     with pytest.raises(ValueError, match="parameters of query_encoder"):
         loss.update(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
     assert loss.filled.item() == 0
     assert "momentum=0.999" in repr(loss)
+    loss(x, x)
+    with pytest.raises(ValueError, match="queries must have 5 features, as the rows of the memory"):
+        loss(x[:, :3], x[:, :3])
+
+
+def test_the_key_encoder_follows_one_in_half_precision():
+    query = torch.nn.Linear(3, 4, dtype=torch.bfloat16)
+    key = copy.deepcopy(query).requires_grad_(False).float()
+    before, queue = key.weight.clone(), MomentumQueue(4)
+    with torch.no_grad():
+        query.weight += 1
+    for _ in range(500):
+        queue.update(query, key)
+    moved = (key.weight - before) / (query.weight.float() - before)
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.999**500), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_key_encoder_too_coarse_to_follow_is_refused(dtype):
+    query, key = torch.nn.Linear(3, 4, dtype=dtype), torch.nn.Linear(3, 4, dtype=dtype)
+    before = key.weight.clone()
+    with pytest.raises(TypeError, match="key_encoder must be in float32 or float64, got torch."):
+        MomentumQueue(4).update(query, key)
+    assert torch.equal(key.weight, before)
+    # A copy needs no small steps.
+    MomentumQueue(4).update(query, key, 0)
+    assert torch.equal(key.weight, query.weight)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-batch memory: a loss of the batch against the rows of earlier batches."""
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,18 @@ Compare = Literal["queue", "batch+memory", "memory"]
 # Positives are rows of the class other than the anchor itself, negatives any of another class.
 _NOT_ITSELF = "group:da"
 _FROM_MEMORY = -1
+
+
+class _Entering(NamedTuple):
+    """The rows of the batch, of all ranks under ``group``."""
+
+    rows: Tensor
+    words: Tensor
+    """Class of each row, int64 [N]."""
+    mask: Tensor | None
+    """Which of them enter the memory."""
+    first: int
+    """Where the rows of this rank begin."""
 
 
 class CrossBatchMemory(RowQueue):
@@ -70,12 +82,14 @@ class CrossBatchMemory(RowQueue):
             if D comes from there too, else PyTorch's default.
         group: process group of which every rank's rows enter, in the order of ranks, so that all
             queues stay equal. Each rank gets the loss of its own rows against those of all ranks.
-            Numbers of rows may differ; reading them waits for the device. Default: this rank only.
+            Numbers of rows may differ; reading them waits for the device. A state has to be loaded
+            on every rank. Default: this rank only, under DistributedDataParallel too.
 
     Shape:
-        See :meth:`forward`. Buffers ``embeddings`` [size, D], ``labels`` [size], ``pointer`` []
+        See :meth:`forward`. Tensors ``embeddings`` [size, D], ``labels`` [size], ``pointer`` []
         and ``filled`` [] are in ``state_dict``: loading restores the memory exactly, into a module
-        that has seen no batch too, on any device.
+        that has seen no batch too, on any device. A state that does not fit leaves it as it was.
+        They are no buffers, which DistributedDataParallel would overwrite by those of rank 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -123,9 +137,13 @@ class CrossBatchMemory(RowQueue):
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         """Check the options and make an empty memory."""
-        super().__init__(size, embedding_size=embedding_size, dtype=dtype)
+        super().__init__(size, embedding_size=embedding_size, dtype=dtype, group=group)
         if not isinstance(loss, Loss):
-            raise TypeError(f"loss must be a loss of flashmetric, got {type(loss).__name__}")
+            kind = f"{type(loss).__module__}.{type(loss).__qualname__}"
+            raise TypeError(
+                f"loss must be a loss of flashmetric itself, got {kind}; those of flashmetric.pml "
+                "have a CrossBatchMemory there"
+            )
         if miner is not None and not isinstance(miner, Miner):
             raise TypeError(f"miner must be a miner of flashmetric, got {type(miner).__name__}")
         check_choice("compare", compare, get_args(Compare))
@@ -136,7 +154,6 @@ class CrossBatchMemory(RowQueue):
         self.compare = compare
         self.batch_gradient = batch_gradient
         self.fixed_size = fixed_size
-        self.group = group
 
     def forward(
         self,
@@ -169,15 +186,44 @@ class CrossBatchMemory(RowQueue):
             TypeError: an argument has the wrong type or dtype.
             ValueError: an argument has the wrong shape, device or value; ``enqueue_mask`` comes
                 with ``indices_tuple``; or labels are of several classes per row or have groups.
+            RankError: under ``group``, another rank has raised an error in this call, or ranks
+                differ in features, dtype, training mode or the state of their queues.
         """
-        words = self._check(embeddings, labels, indices_tuple, enqueue_mask)
-        anchors = words if enqueue_mask is None else words.masked_fill(enqueue_mask, IGNORED)
-        rows, first = embeddings.detach(), 0
         mask = enqueue_mask
-        if self.group is not None:
-            gathered = Gathered(len(rows), rows.device, self.group)
-            rows, words, first = gathered(rows), gathered(words), gathered.first
-            mask = None if mask is None else gathered(mask.byte()).bool()
+        if self.group is None:
+            words = self._check(embeddings, labels, indices_tuple, mask)
+            entering = _Entering(embeddings.detach(), words, mask, 0)
+            value = self._value(embeddings, words, indices_tuple, mask, entering)
+        else:
+            gathered = Gathered(
+                self,
+                embeddings,
+                mask is not None,
+                lambda: self._check(embeddings, labels, indices_tuple, mask),
+            )
+            with gathered.failing_together():
+                words = gathered.checked
+                entering = _Entering(
+                    gathered(embeddings.detach()),
+                    gathered(words),
+                    None if mask is None else gathered(mask.byte()).bool(),
+                    gathered.first,
+                )
+                value = self._value(embeddings, words, indices_tuple, mask, entering)
+        if self.training:
+            self.enqueue(entering.rows, entering.words, entering.mask)
+        return value
+
+    def _value(
+        self,
+        embeddings: Tensor,
+        words: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None,
+        enqueue_mask: Tensor | None,
+        entering: _Entering,
+    ) -> Tensor:
+        anchors = words if enqueue_mask is None else words.masked_fill(enqueue_mask, IGNORED)
+        rows, classes, mask, first = entering
         refs = rows
         if self.batch_gradient:
             refs = torch.cat((rows[:first], embeddings, rows[first + len(embeddings) :]))
@@ -185,7 +231,7 @@ class CrossBatchMemory(RowQueue):
         numbers = torch.arange(len(rows), device=rows.device)
         own = numbers[first : first + len(embeddings)]
         ids = torch.nn.functional.pad(numbers, (0, self.size), value=_FROM_MEMORY)
-        compared = self._compared(words, mask)
+        compared = self._compared(classes, mask)
         of_anchors = Labels(torch.stack((anchors, own), 1), _NOT_ITSELF)
         of_refs = Labels(torch.stack((compared, ids), 1), _NOT_ITSELF)
         if indices_tuple is None and self.miner is not None:
@@ -199,8 +245,6 @@ class CrossBatchMemory(RowQueue):
         else:
             # The pairs say it: of the labels only the classes matter.
             value = self.loss(embeddings, anchors, indices_tuple, refs, compared)
-        if self.training:
-            self.enqueue(rows, words, mask)
         return value
 
     def _compared(self, words: Tensor, mask: Tensor | None) -> Tensor:
@@ -231,6 +275,7 @@ class CrossBatchMemory(RowQueue):
         batch = check_batch(embeddings, labels, None, None, None)
         words = batch.labels
         assert words is not None
+        self.check_features("embeddings", embeddings)
         if batch.rule != "equal" or words.ndim > 1:
             raise ValueError(
                 "labels must be one class per row: a memory keeps no others, nor tells a row from "

@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashmetric.checks import check_batch, check_flag, check_number
+from flashmetric.checks import check_flag, check_number, check_rows
 from flashmetric.distances import Metric
 from flashmetric.functional.anchor_reduction import reduce_anchors
 from flashmetric.functional.pair_loss import prepare_pairs
 from flashmetric.functional.pairs import Logit
-from flashmetric.functional.softmax_rows import Reduction, negative_log_share
+from flashmetric.functional.softmax_rows import Reduction, inverse_of, negative_log_share
 from flashmetric.labels import Labels
 from flashmetric.losses.softmax import InfoNCELoss
 from flashmetric.losses.temperature import LearnedTemperature
@@ -36,7 +36,7 @@ class MomentumQueue(RowQueue):
         \qquad \theta_k \leftarrow m\, \theta_k + (1 - m)\, \theta_q
 
     Keys are constants. Every key of the queue is a negative, as in the paper, also one of the same
-    image.
+    image. The first loss is 0, since there are no negatives yet, unless ``batch_negatives``.
 
     Args:
         size: how many keys the queue holds.
@@ -49,11 +49,13 @@ class MomentumQueue(RowQueue):
         embedding_size: D. Default: that of the first batch, or of a state that is loaded.
         dtype: what the queue keeps keys in; see :class:`CrossBatchMemory`.
         group: process group of which every rank's keys enter, in the order of ranks, so that all
-            queues stay equal. Numbers of keys may differ; reading them waits for the device.
+            queues stay equal. Numbers of keys may differ; reading them waits for the device. A
+            state has to be loaded on every rank. Default: this rank only.
 
     Shape:
-        See :meth:`forward`. Buffers ``embeddings`` [size, D], ``labels`` [size] (0, or -2**63 where
-        there is no key), ``pointer`` [] and ``filled`` [] are in ``state_dict``.
+        See :meth:`forward`. Tensors ``embeddings`` [size, D], ``labels`` [size] (0, or -2**63 where
+        there is no key), ``pointer`` [] and ``filled`` [] are in ``state_dict``, but are no
+        buffers, which DistributedDataParallel would overwrite by those of rank 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -93,7 +95,7 @@ class MomentumQueue(RowQueue):
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
         """Check the options and make an empty queue."""
-        super().__init__(size, embedding_size=embedding_size, dtype=dtype)
+        super().__init__(size, embedding_size=embedding_size, dtype=dtype, group=group)
         _check_momentum(momentum)
         check_flag("batch_negatives", batch_negatives)
         self.loss = InfoNCELoss(
@@ -101,7 +103,6 @@ class MomentumQueue(RowQueue):
         )
         self.momentum = momentum
         self.batch_negatives = batch_negatives
-        self.group = group
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The loss of the batch; afterwards its keys enter the queue, in training mode.
@@ -119,14 +120,38 @@ class MomentumQueue(RowQueue):
         Raises:
             TypeError: an argument has the wrong type or dtype.
             ValueError: an argument has the wrong shape, device or dtype.
+            RankError: under ``group`` in training mode, another rank has raised an error in this
+                call, or ranks differ in features, dtype or the state of their queues.
         """
-        keys = keys.detach() if isinstance(keys, Tensor) else keys
-        check_batch(queries, None, keys, None, ())
+        if self.group is None or not self.training:
+            self._check(queries, keys)
+            entering = keys.detach()
+            value = self._value(queries, entering)
+        else:
+            gathered = Gathered(self, keys, False, lambda: self._check(queries, keys))
+            with gathered.failing_together():
+                value = self._value(queries, keys.detach())
+                entering = gathered(keys.detach())
+        if self.training:
+            labels = torch.zeros(len(entering), dtype=torch.int64, device=entering.device)
+            self.enqueue(entering, labels)
+        return value
+
+    def _check(self, queries: Tensor, keys: Tensor) -> None:
+        check_rows("queries", queries)
+        check_rows("keys", keys)
         if keys.shape != queries.shape:
             raise ValueError(
                 f"keys must have the shape of queries, {tuple(queries.shape)}; "
                 f"got {tuple(keys.shape)}"
             )
+        for what in ("dtype", "device"):
+            expected, got = getattr(queries, what), getattr(keys, what)
+            if got != expected:
+                raise ValueError(f"keys must have the {what} of queries, {expected}; got {got}")
+        self.check_features("queries", queries)
+
+    def _value(self, queries: Tensor, keys: Tensor) -> Tensor:
         numbers = torch.arange(len(keys), device=keys.device)
         # Negatives are of the other group: not the other keys of the batch, unless any are taken.
         rule = "group:aa" if self.batch_negatives else "group:ad"
@@ -146,14 +171,9 @@ class MomentumQueue(RowQueue):
             indices_tuple=None,
         )
         # The log-sum-exp over one positive is its logit: a single sweep finds everything.
-        logit = Logit(-1 / options["temperature"])
+        logit = Logit(-inverse_of(options["temperature"]))
         rows, counted = negative_log_share(pairs.logsumexp(logit, logit))
-        value = reduce_anchors(rows, counted, options["reduction"])
-        if self.training:
-            if self.group is not None:
-                keys = Gathered(len(keys), keys.device, self.group)(keys)
-            self.enqueue(keys, torch.zeros(len(keys), dtype=torch.int64, device=keys.device))
-        return value
+        return reduce_anchors(rows, counted, options["reduction"])
 
     @torch.no_grad()
     def update(
@@ -162,29 +182,42 @@ class MomentumQueue(RowQueue):
         """Let the key encoder follow: m times its parameters plus 1 - m times the query encoder's.
 
         Buffers, such as running statistics, stay as they are: each encoder has its own. Start with
-        ``key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)``.
+        ``key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)``; with ``.float()`` if
+        the query encoder is in half precision, in which steps of 1 - m are lost to rounding.
 
         Args:
             query_encoder: the encoder that learns; wrapped for many processes or not.
-            key_encoder: the one that follows, with the same parameters.
+            key_encoder: the one that follows, with the same parameters, in float32 or float64.
             momentum: m of this step, for schedules. Default: that of the constructor.
 
         Raises:
-            TypeError: ``momentum`` is no number.
-            ValueError: ``momentum`` is not from 0 to 1, or the parameters differ in number, shape,
-                dtype or device. The key encoder is then as it was.
+            TypeError: ``momentum`` is no number, or the key encoder is in half precision and m
+                neither 0 nor 1.
+            ValueError: ``momentum`` is not from 0 to 1, or the parameters differ in number, shape
+                or device. The key encoder is then as it was.
         """
-        if momentum is not None:
-            _check_momentum(momentum)
+        momentum = self.momentum if momentum is None else momentum
+        _check_momentum(momentum)
         new = [parameter.detach() for parameter in query_encoder.parameters()]
         old = [parameter.detach() for parameter in key_encoder.parameters()]
-        if [_kind(p) for p in new] != [_kind(p) for p in old]:
+        if [(p.shape, p.device) for p in new] != [(p.shape, p.device) for p in old]:
             raise ValueError(
-                "key_encoder must have the parameters of query_encoder, in number, shape, dtype "
-                "and device; got others"
+                "key_encoder must have the parameters of query_encoder, in number, shape and "
+                "device; got others"
             )
-        if old:
-            torch._foreach_lerp_(old, new, 1 - (self.momentum if momentum is None else momentum))
+        half = [p.dtype for p in old if p.dtype in (torch.float16, torch.bfloat16)]
+        if half and 0 < momentum < 1:
+            raise TypeError(
+                f"key_encoder must be in float32 or float64, got {half[0]}, which is too coarse to "
+                "follow slowly: keep key_encoder.float(), whatever query_encoder is in"
+            )
+        if [p.dtype for p in new] == [p.dtype for p in old]:
+            if old:
+                torch._foreach_lerp_(old, new, 1 - momentum)
+            return
+        for followed, following in zip(new, old, strict=True):
+            # One at a time, which is all that is ever held twice.
+            following.lerp_(followed.to(following.dtype), 1 - momentum)
 
     def extra_repr(self) -> str:
         """Options, as the constructor takes them."""
@@ -196,7 +229,3 @@ def _check_momentum(momentum: object) -> None:
     check_number("momentum", momentum)
     if not 0 <= momentum <= 1:  # type: ignore[operator]
         raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
-
-
-def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return parameter.shape, parameter.dtype, parameter.device

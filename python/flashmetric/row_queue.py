@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in-first-out queue of labelled rows, all of whose state is in ``state_dict``."""
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,20 @@ from flashmetric.checks import EMBEDDING_DTYPES, check_count
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import IGNORED
 
+_STATE = ("embeddings", "labels", "pointer", "filled")
+# In a pickle, in place of the default process group: each process has its own object.
+_DEFAULT_GROUP = "default"
+_FACTS = (
+    "rows",
+    "same number of features",
+    "same dtype of embeddings",
+    "same use of enqueue_mask",
+    "same training mode",
+    "same size",
+    "same place of the next row",
+    "same number of rows held",
+)
+
 
 class RowQueue(nn.Module):
     """The last ``size`` rows that entered, with a label each; the base of the memory modules.
@@ -19,11 +36,15 @@ class RowQueue(nn.Module):
     label that is in no pair. ``pointer`` is the place where the next row goes, which holds the
     oldest row once the queue is full.
 
+    The four tensors are in ``state_dict``, and follow ``.to()`` and its like, but are no buffers:
+    DistributedDataParallel overwrites the buffers of all ranks by those of rank 0 in each step.
+
     Args:
         size: how many rows the queue holds.
         embedding_size: D. Default: that of the first batch, or of a state that is loaded.
         dtype: what rows are kept in. Default: that of the first batch (or of a state that is
             loaded) if D comes from there too, else PyTorch's default.
+        group: process group whose ranks all enter their rows; its module does that.
     """
 
     embeddings: Tensor
@@ -36,7 +57,12 @@ class RowQueue(nn.Module):
     """How many places hold a row, int64, shape []."""
 
     def __init__(
-        self, size: int, *, embedding_size: int | None = None, dtype: torch.dtype | None = None
+        self,
+        size: int,
+        *,
+        embedding_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        group: "dist.ProcessGroup | None" = None,
     ) -> None:
         """Check the options and make an empty queue."""
         super().__init__()
@@ -48,11 +74,13 @@ class RowQueue(nn.Module):
         self.size = size
         self.embedding_size = embedding_size
         self.dtype = dtype
-        rows = torch.zeros((size, embedding_size or 0), dtype=dtype)
-        self.register_buffer("embeddings", rows)
-        self.register_buffer("labels", torch.full((size,), IGNORED))
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self.group: dist.ProcessGroup | str | None = group
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.embeddings = torch.zeros((size, embedding_size or 0), dtype=dtype)
+            self.labels = torch.full((size,), IGNORED)
+            self.pointer = torch.zeros((), dtype=torch.int64)
+            self.filled = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -64,15 +92,18 @@ class RowQueue(nn.Module):
 
     def held(self, like: Tensor) -> Tensor:
         """The rows of the queue in the dtype and on the device of ``like``; changes nothing."""
-        features, rows = like.shape[1], self.embeddings
-        if not rows.shape[1]:
-            return like.new_zeros((self.size, features))
-        if rows.shape[1] != features:
+        if not self.embeddings.shape[1]:
+            return like.new_zeros((self.size, like.shape[1]))
+        return self.embeddings.to(like.device, like.dtype)
+
+    def check_features(self, name: str, rows: Tensor) -> None:
+        """Raise unless the rows have as many features as those of the queue."""
+        features = self.embeddings.shape[1]
+        if features and rows.shape[1] != features:
             raise ValueError(
-                f"embeddings must have {rows.shape[1]} features, as the rows of the memory have; "
-                f"got shape {tuple(like.shape)}"
+                f"{name} must have {features} features, as the rows of the memory have; "
+                f"got shape {tuple(rows.shape)}"
             )
-        return rows.to(like.device, like.dtype)
 
     def places(self, device: torch.device) -> Tensor:
         """Age order of the places, [size]: 0 is overwritten first."""
@@ -120,22 +151,127 @@ class RowQueue(nn.Module):
     def _follow(self, rows: Tensor) -> None:
         """Be where the rows are, and take D and dtype from the first ones."""
         if not self.embeddings.shape[1]:
-            dtype = rows.dtype if self.dtype is None else self.dtype
-            self.embeddings = rows.new_zeros((self.size, rows.shape[1]), dtype=dtype)
+            self._allocate(rows.shape[1], rows.dtype, rows.device)
         if self.pointer.device != rows.device:
-            for name in ("embeddings", "labels", "pointer", "filled"):
-                setattr(self, name, getattr(self, name).to(rows.device))
+            with torch.inference_mode(False):
+                for name in _STATE:
+                    setattr(self, name, getattr(self, name).to(rows.device))
+
+    def _allocate(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        dtype = dtype if self.dtype is None else self.dtype
+        with torch.inference_mode(False):
+            self.embeddings = torch.zeros((self.size, features), dtype=dtype, device=device)
+
+    @contextmanager
+    def _as_buffers(self) -> Iterator[None]:
+        """The four tensors are buffers for as long as PyTorch's own code handles them."""
+        self._buffers.update((name, self.__dict__.pop(name)) for name in _STATE)
+        try:
+            yield
+        finally:
+            self.__dict__.update((name, self._buffers.pop(name)) for name in _STATE)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of buffers; without ``recurse`` those of the state too.
+
+        So ``torch.distributed.checkpoint`` and FSDP, which ask each module for its own, find them,
+        and DistributedDataParallel, which asks the model for all, does not.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:
+            dot = "." if prefix else ""
+            yield from ((f"{prefix}{dot}{name}", getattr(self, name)) for name in _STATE)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowQueue":
+        with self._as_buffers():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _STATE:
+            value = getattr(self, name)
+            destination[prefix + name] = value if keep_vars else value.detach()
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        saved = state_dict.get(f"{prefix}embeddings")
-        # D and dtype that no argument has fixed are those of the state.
-        if self.embedding_size is None and isinstance(saved, Tensor) and saved.ndim == 2:
-            dtype = saved.dtype if self.dtype is None else self.dtype
-            shape = (self.size, saved.shape[1])
-            self.embeddings = torch.zeros(shape, dtype=dtype, device=self.embeddings.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        missing = [prefix + name for name in _STATE if prefix + name not in state_dict]
+        saved: list[Any] = [state_dict.get(prefix + name) for name in _STATE]
+        misfit = "" if missing else self._misfit(saved)
+        if missing or misfit:
+            # All or nothing: rows under the labels of others are wrong without any sign of it. What
+            # the queue holds stands in for the state.
+            state_dict = {**state_dict, **{prefix + name: getattr(self, name) for name in _STATE}}
+            error_msgs += [f"{misfit} for {prefix}embeddings; the queue is as it was"] * bool(
+                misfit
+            )
+            missing_keys += missing if strict else []
+        elif self.embedding_size is None:
+            # D and dtype that no argument has fixed are those of the state.
+            self._allocate(saved[0].shape[1], saved[0].dtype, self.embeddings.device)
+        with self._as_buffers():
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+
+    def _misfit(self, saved: list[Any]) -> str:
+        """What keeps this state from being loaded; empty if nothing does."""
+        rows, *others = saved
+        if not all(isinstance(value, Tensor) for value in saved):
+            return "state of another kind: all values must be tensors"
+        features = "D" if self.embedding_size is None else self.embedding_size
+        fits = rows.ndim == 2 and features in ("D", rows.shape[1]) and len(rows) == self.size
+        shapes = [tuple(value.shape) for value in saved]
+        if not fits or shapes[1:] != [(self.size,), (), ()]:
+            return (
+                f"size mismatch: {', '.join(_STATE)} must have shapes [{self.size}, {features}], "
+                f"[{self.size}], [], []; got {shapes}"
+            )
+        if rows.dtype not in EMBEDDING_DTYPES or {v.dtype for v in others} != {torch.int64}:
+            return (
+                "dtype mismatch: embeddings must be floating-point rows, and "
+                f"{', '.join(_STATE[1:])} int64; got {[value.dtype for value in saved]}"
+            )
+        return ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowQueue":
+        """A copy of the same process group, which is no data of the queue."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.group)] = self.group
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, which takes no other process group than the default one."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if self.group is not None and self.group != _DEFAULT_GROUP:
+            if self.group is not dist.group.WORLD:
+                raise TypeError(
+                    "group must be None or the default process group for a queue to be pickled; "
+                    "got another one: save its state_dict() instead"
+                )
+            state["group"] = _DEFAULT_GROUP
+        return state
 
     def extra_repr(self) -> str:
         """Options, as the constructor takes them."""
@@ -147,23 +283,66 @@ class RowQueue(nn.Module):
 class Gathered:
     """The rows of all ranks in the order of ranks, each rank with any number of rows.
 
-    Reads the numbers of rows on the host, and so waits for the device.
+    Ranks agree first, and fail together. Reads numbers on the host, and so waits for the device.
     """
 
-    def __init__(self, count: int, device: torch.device, group: "dist.ProcessGroup") -> None:
-        """Exchange how many rows each rank has."""
-        self.group = group
-        mine = torch.tensor([count], device=device)
-        counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, mine, group=group)
-        self.counts = [int(other) for other in counts]
-        self.first = sum(self.counts[: dist.get_rank(group)])
+    def __init__(
+        self, queue: RowQueue, rows: Tensor, masked: bool, check: Callable[[], Any]
+    ) -> None:
+        """Check the arguments of this rank by ``check``, and that those of all fit together."""
+        # Not above: torch may have been built without what it imports.
+        from flashmetric.distributed.agreement import GroupRanks, served_devices
+
+        if queue.group == _DEFAULT_GROUP:
+            if not dist.is_initialized():
+                raise RuntimeError(
+                    "group is the default process group of the process that pickled this queue; "
+                    "call torch.distributed.init_process_group first"
+                )
+            queue.group = dist.group.WORLD
+        assert not isinstance(queue.group, str)
+        self.group = queue.group
+        facts = dict.fromkeys(_FACTS, 0)
+        error: Exception | None = None
+        try:
+            self.checked = check()
+            """What ``check`` has returned."""
+            served = served_devices(self.group)
+            if rows.device.type not in served:
+                raise ValueError(
+                    f"embeddings must be on a device that the group serves, one of {served}; "
+                    f"got {rows.device}"
+                )
+            values = (
+                len(rows),
+                rows.shape[1],
+                EMBEDDING_DTYPES.index(rows.dtype),
+                int(masked),
+                int(queue.training),
+                queue.size,
+                int(queue.pointer),
+                int(queue.filled),
+            )
+            facts = dict(zip(_FACTS, values, strict=True))
+        except Exception as problem:  # noqa: BLE001 - told to all ranks, raised by agree()
+            error = problem
+        device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+        self.ranks = GroupRanks(self.group, device)
+        table = self.ranks.agree(type(queue).__name__, facts, error)
+        self.counts = [row[0] for row in table]
+        self.first = sum(self.counts[: self.ranks.rank])
         """Where this rank's rows begin."""
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What fails on one rank fails on all; on a GPU the others learn of it in the next call."""
+        with self.ranks.failing_together():
+            yield
+            self.ranks.settle()
 
     @torch.no_grad()
     def __call__(self, values: Tensor) -> Tensor:
         """Values of all ranks' rows, without gradient."""
-        # Not above: torch may have been built without what it imports.
         from flashmetric.distributed.rows import gather_rows
 
         return gather_rows(values, self.counts, self.group)
