@@ -2,12 +2,14 @@
 """Chunked encoding: the gradients of the full batch, with the activations of a chunk."""
 
 import copy
+import functools
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from chunked_encoders import Encoder, chunked, clear, gradients, of_both
 from flashmetric import (
     ContrastiveLoss,
     CrossBatchMemory,
@@ -18,31 +20,6 @@ from flashmetric import (
     TripletMarginLoss,
     grad_cache,
 )
-
-
-class Encoder(nn.Module):
-    """Dropout, a buffer that counts the rows seen, and wide activations."""
-
-    def __init__(self, dropout=0.0, features=6):
-        super().__init__()
-        self.first = nn.Linear(features, 32)
-        self.dropout = nn.Dropout(dropout)
-        self.second = nn.Linear(32, 4)
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x, scale=1.0):
-        self.seen += len(x)
-        return self.second(self.dropout(self.first(x).tanh())) * scale
-
-
-def gradients(*modules):
-    return [p.grad.clone() for module in modules for p in module.parameters()]
-
-
-def clear(*modules):
-    for module in modules:
-        module.zero_grad()
-
 
 LOSSES = [
     SupConLoss(),
@@ -65,10 +42,6 @@ def test_gradients_of_the_full_batch(loss, chunk_size):
     torch.testing.assert_close(value, expected.detach())
     assert not value.requires_grad
     torch.testing.assert_close(gradients(encoder, loss), full)
-
-
-def chunked(encoder, x, chunk_size):
-    return torch.cat([encoder(part) for part in x.split(chunk_size)])
 
 
 def test_dropout_repeats_and_the_random_stream_goes_on():
@@ -116,27 +89,6 @@ def test_two_towers(shared):
     step = GradCache((one, two), of_towers, (4, 6))
     step(x, y)
     torch.testing.assert_close(gradients(*modules), full)
-
-
-def test_inputs_of_any_form():
-    encoder, labels = Encoder(), torch.randint(4, (10,))
-    x, scale = torch.randn(10, 6), torch.rand(10, 1)
-    found = []
-    for given in ((x, scale), [x, scale], {"x": x, "scale": scale}):
-        clear(encoder)
-        grad_cache(encoder, SupConLoss(), given, chunk_size=3, labels=labels)
-        found.append(gradients(encoder))
-    assert all(torch.equal(a, b) for f in found for a, b in zip(f, found[0], strict=True))
-    clear(encoder)
-    grad_cache(
-        lambda x, scale: {"pooled": encoder(x), "scale": scale},
-        SupConLoss(),
-        {"x": x, "scale": "kept whole"},
-        chunk_size=3,
-        select=lambda found: found["pooled"] * scale[:1],
-        labels=labels,
-    )
-    assert gradients(encoder)[0].abs().sum() > 0
 
 
 def test_a_frozen_encoder_runs_once():
@@ -216,6 +168,131 @@ def test_grad_scaler():
     assert scaler.get_scale() == 512
 
 
+class Replacing(nn.Module):
+    """Buffers that forward replaces: by another tensor, by a first one, and by none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("first", None)
+        self.register_buffer("once", torch.ones(()))
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        found = self.layer(x) - self.mean
+        self.mean = 0.9 * self.mean + 0.1 * found.detach().mean(0)
+        if self.first is None:
+            self.first = found.detach().mean(0)
+        if self.once is not None:
+            found = found * 3
+        self.once = None
+        return found - self.first
+
+
+def test_buffers_that_are_replaced_are_updated_once():
+    encoder, x, labels = Replacing(), torch.randn(10, 6), torch.randint(3, (10,))
+    plain = copy.deepcopy(encoder)
+    SupConLoss()(chunked(plain, x, 4), labels).backward()
+    grad_cache(encoder, SupConLoss(), x, chunk_size=4, labels=labels)
+    assert encoder.steps == 3 and encoder.once is None
+    torch.testing.assert_close(gradients(encoder), gradients(plain))
+    torch.testing.assert_close(dict(encoder.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_the_module_of_a_method_or_partial_is_found():
+    class Named(Encoder):
+        def encode(self, x, scale):
+            return self(x, scale)
+
+    x, labels = torch.randn(10, 6), torch.randint(3, (10,))
+    for bind in (
+        lambda module: functools.partial(module, scale=2.0),
+        lambda module: functools.partial(module.encode, scale=2.0),
+        lambda module: functools.partial(functools.partial(module.encode), scale=2.0),
+    ):
+        module = Named()
+        grad_cache(bind(module), SupConLoss(), x, chunk_size=4, labels=labels)
+        assert module.seen == 10
+        # What a partial binds may learn even if the module does not.
+        module.requires_grad_(False)
+        scale = torch.tensor(2.0, requires_grad=True)
+        bound = functools.partial(module, scale=scale)
+        grad_cache(bound, ContrastiveLoss(), x, chunk_size=4, labels=labels)
+        assert scale.grad != 0
+
+
+@pytest.mark.parametrize("fails", ["loss", "first", "second"])
+def test_after_an_error_the_encoder_is_as_before(fails):
+    class Failing(Replacing):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if (fails, self.calls) in (("first", 3), ("second", 5)):
+                raise RuntimeError("in the encoder")
+            return super().forward(x)
+
+    encoder = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(6), Failing())
+    frozen = nn.BatchNorm1d(6).requires_grad_(False)
+    modules, x = nn.ModuleList((encoder, frozen)), torch.randn(10, 6)
+    buffers = dict(modules.named_buffers())
+    contents = {name: buffer.clone() for name, buffer in buffers.items()}
+    random = torch.get_rng_state()
+
+    def loss(a, b):
+        if fails == "loss":
+            raise RuntimeError("in the loss")
+        return of_both(a, b[:, :4])
+
+    with pytest.raises(RuntimeError, match="in the"):
+        grad_cache((encoder, frozen), loss, x, x, chunk_size=4)
+    after = dict(modules.named_buffers())
+    assert after.keys() == buffers.keys()
+    assert all(after[name] is buffer for name, buffer in buffers.items())
+    assert all(torch.equal(after[name], held) for name, held in contents.items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_dropout_repeats_on_a_device_that_no_tensor_shows(monkeypatch):
+    # A generator in the place of CUDA's, which only the encoder uses.
+    device = torch.Generator()
+    states = {"get_rng_state": lambda _: device.get_state()}
+    states["set_rng_state"] = lambda state, _: device.set_state(state)
+    for name, function in states.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    model, x, labels = Encoder(), torch.randn(20, 6), torch.randint(4, (20,))
+
+    def encoder(x):
+        return model(x * (torch.rand(x.shape, generator=device) > 0.5))
+
+    device.manual_seed(3)
+    SupConLoss()(chunked(encoder, x, 6), labels).backward()
+    full, following = gradients(model), torch.rand(3, generator=device)
+    clear(model)
+    device.manual_seed(3)
+    grad_cache(encoder, SupConLoss(), x, chunk_size=6, labels=labels)
+    torch.testing.assert_close(gradients(model), full)
+    assert torch.equal(torch.rand(3, generator=device), following)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_dropout_repeats_on_a_device_that_only_the_encoder_knows():
+    model = Encoder(dropout=0.5).cuda()
+    x, labels = torch.randn(20, 6), torch.randint(4, (20,))
+    on_device = labels.cuda()
+    torch.manual_seed(3)
+    SupConLoss()(chunked(model, x.cuda(), 6), on_device).backward()
+    full = gradients(model)
+    clear(model)
+    torch.manual_seed(3)
+    grad_cache(lambda x: model(x.cuda()), SupConLoss(), x, chunk_size=6, labels=on_device)
+    torch.testing.assert_close(gradients(model), full)
+
+
 class Kept:
     """Counts bytes that the graph of an encoder keeps, now and at most."""
 
@@ -273,6 +350,18 @@ def test_memory_is_that_of_a_chunk():
             {"inputs": ([torch.zeros(3, 6), torch.zeros(2)],)},
             ValueError,
             "tensors of one length",
+        ),
+        ({"inputs": (torch.tensor(1.0),)}, ValueError, "tensors of one length"),
+        (
+            {"inputs": ((torch.zeros(4, 6), (2, 3)),)},
+            ValueError,
+            r"inputs\[0\] must hold an entry per row, 4, .*got 2 in a tuple",
+        ),
+        ({"encoders": nn.LazyLinear(2)}, ValueError, r"encoders\[0\] must be initialised"),
+        (
+            {"encoders": nn.LazyBatchNorm1d(affine=False)},
+            ValueError,
+            r"encoders\[0\] must be initialised",
         ),
         ({"encoders": lambda x: None}, TypeError, "an encoder must return a tensor"),
         ({"encoders": lambda x: x.sum(0)}, ValueError, "an encoder must return a row per row, 2"),

@@ -3,15 +3,26 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.nn.parameter import is_lazy
 
 from flashmetric.checks import check_count
+from flashmetric.chunked_input import ChunkedInput
+from flashmetric.encoder_state import (
+    Buffer,
+    Encoder,
+    buffers_of,
+    owner_of,
+    random_state,
+    set_buffers,
+    set_random_state,
+    state_tensors,
+)
 
-Encoder = Callable[..., Any]
 Backward = Callable[[Tensor], object]
 
 
@@ -43,16 +54,23 @@ def grad_cache(
     for each chunk, so dropout drops the same, and go on afterwards from where the first left them.
     Buffers, such as running statistics, are set back too, and are updated once per chunk. Layers
     that look at other rows, such as batch normalisation in training mode, see those of the chunk.
+    Of an encoder that is no module, method of one or ``functools.partial`` of these, buffers are
+    unknown and not set back, nor are random numbers of CUDA if its first call is what starts CUDA.
 
     Args:
         encoders: a module, or several (two towers), one per input; the same one may come twice.
-            Frozen ones are run once.
+            Frozen ones are run once, unless their input requires gradients.
         loss: takes one embedding tensor per encoder, and ``loss_arguments``: any loss of
             :mod:`flashmetric`, :class:`~flashmetric.CrossBatchMemory`, or a function. Its own
             parameters get gradients too. It is called once.
         *inputs: what each encoder takes, all rows of the batch: a tensor, a mapping, which becomes
-            keyword arguments, or a tuple or list of arguments. Tensors in it are cut along their
-            first dimension, others go to every chunk.
+            keyword arguments, or a tuple or list of arguments. Chunks get copies. Cut into chunks
+            are tensors, along their first dimension, and arrays, lists and tuples that hold no
+            tensor, such as texts, which must have an entry per row. Mappings, and lists and tuples
+            that hold tensors, are looked into, and keep their type where it can be made from such
+            contents. Anything else, such as a number or a string, goes to every chunk; give the
+            encoder a tuple that is an option, such as an image size, by ``functools.partial``.
+            Inputs may require gradients; then ``loss_arguments`` may not share their graph.
         chunk_size: rows per chunk, for all encoders or for each.
         select: finds the embeddings [rows, D] in what an encoder returns. Default: it returns them.
         backward: called with the loss in place of its ``backward()``, such as
@@ -66,7 +84,8 @@ def grad_cache(
     Raises:
         TypeError: an argument has the wrong type, or an encoder returns no tensor.
         ValueError: there are not as many inputs or chunk sizes as encoders; an input holds no
-            tensor, or tensors of different lengths; or an encoder does not return a row per row.
+            tensor, or tensors or lists of different lengths; an encoder has lazy parameters; or it
+            does not return a row per row. After any error buffers and random numbers are as before.
 
     Mixed precision:
         Call it inside ``torch.autocast`` as the model itself; backward passes run outside, as
@@ -82,7 +101,8 @@ def grad_cache(
         As the encoder's. Gradients of chunks are added in order.
 
     Memory:
-        Activations of one chunk, and O(N D) for embeddings and their gradients.
+        Activations of one chunk, and O(N D) for embeddings and their gradients; the gradients of
+        inputs that require them.
 
     Example:
         >>> import torch
@@ -171,16 +191,42 @@ class GradCache:
         """See :func:`grad_cache`."""
         if len(inputs) != len(self.encoders):
             raise ValueError(
-                f"inputs must be one per encoder, {len(self.encoders)}; got {len(inputs)}"
+                f"inputs must be one per encoder, {len(self.encoders)}; got {len(inputs)} (what "
+                "the loss takes, such as labels, goes by keyword)"
             )
+        for number, encoder in enumerate(self.encoders):
+            if any(is_lazy(tensor) for tensor in state_tensors(owner_of(encoder))):
+                raise ValueError(
+                    f"encoders[{number}] must be initialised; got a lazy module that has seen no "
+                    "rows: call it once before"
+                )
+        cut = [ChunkedInput(whole, f"inputs[{number}]") for number, whole in enumerate(inputs)]
+        seen = [c for whole in cut for c in whole.columns if isinstance(c, Tensor)]
+        seen += [tensor for encoder in self.encoders for tensor in state_tensors(owner_of(encoder))]
+        devices = {tensor.device for tensor in seen if tensor.device.type not in ("cpu", "meta")}
         chunks = [
-            _Chunk(encoder, number, part, rows)
-            for number, (encoder, whole, size) in enumerate(
-                zip(self.encoders, inputs, self.chunk_size, strict=True)
+            _Chunk(encoder, tower, whole, begin, min(begin + size, whole.rows), devices)
+            for tower, (encoder, whole, size) in enumerate(
+                zip(self.encoders, cut, self.chunk_size, strict=True)
             )
-            for part, rows in _parts(whole, size, f"inputs[{number}]")
+            for begin in range(0, max(whole.rows, 1), size)
         ]
-        buffers = self._buffers()
+        buffers = {id(owner): buffers_of(owner) for owner in map(owner_of, self.encoders)}
+        before = random_state(devices)
+        try:
+            return self._run(chunks, buffers, loss_arguments)
+        except BaseException:
+            for found in buffers.values():
+                set_buffers(found)
+            set_random_state(before)
+            raise
+
+    def _run(
+        self,
+        chunks: list["_Chunk"],
+        buffers: dict[int, list[Buffer]],
+        loss_arguments: dict[str, Any],
+    ) -> Tensor:
         with torch.no_grad():
             parts = [chunk.run(self.select) for chunk in chunks]
         # In case autocast keeps weights that it has cast without a graph: they have no gradient.
@@ -193,71 +239,65 @@ class GradCache:
         del parts
         if not torch.is_grad_enabled():
             return self.loss(*towers, **loss_arguments)
-        for tower, encoder in zip(towers, self.encoders, strict=True):
-            tower.requires_grad_(_learns(encoder))
+        for chunk in chunks:
+            towers[chunk.tower].requires_grad_(_learns(chunk.encoder) or bool(chunk.input.learned))
         value = self.loss(*towers, **loss_arguments)
         with _outside_autocast():
             value.backward() if self.backward is None else self.backward(value)
-        self._second_pass(chunks, towers, buffers)
+        again = [chunk for chunk in chunks if towers[chunk.tower].requires_grad]
+        for owner in {id(chunk.owner) for chunk in again}:
+            set_buffers(buffers[owner])
+        self._second_pass(again, towers)
+        _backward_of_inputs(again)
         return value.detach()
 
-    def _second_pass(
-        self, chunks: list["_Chunk"], towers: list[Tensor], buffers: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        again = [chunk for chunk in chunks if towers[chunk.tower].requires_grad]
-        last = {id(chunk.encoder): chunk for chunk in again}
-        gradients = [
-            iter(_gradient(tower).split([c.rows for c in chunks if c.tower == number]))
-            if tower.requires_grad
-            else iter(())
-            for number, tower in enumerate(towers)
-        ]
-        for chunk in again:
-            gradient = next(gradients[chunk.tower])
-            with _synchronizing(chunk.encoder, last[id(chunk.encoder)] is chunk):
+    def _second_pass(self, chunks: list["_Chunk"], towers: list[Tensor]) -> None:
+        last = {id(chunk.owner): chunk for chunk in chunks}
+        for chunk in chunks:
+            tower = towers[chunk.tower]
+            # A loss that leaves a tower out: its encoder still takes part in what ranks share.
+            gradient = torch.zeros_like(tower) if tower.grad is None else tower.grad
+            with _synchronizing(chunk.owner, last[id(chunk.owner)] is chunk):
                 embeddings = chunk.run_again(self.select)
                 if embeddings.requires_grad:
                     with _outside_autocast():
-                        torch.autograd.backward(embeddings, gradient)
-
-    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Buffers of the encoders that are run twice, and copies."""
-        if not torch.is_grad_enabled():
-            return []
-        modules = (e for e in self.encoders if isinstance(e, nn.Module) and _learns(e))
-        found = {id(buffer): buffer for module in modules for buffer in module.buffers()}
-        return [(buffer, buffer.detach().clone()) for buffer in found.values()]
+                        torch.autograd.backward(embeddings, gradient[chunk.begin : chunk.end])
 
 
+@dataclass(eq=False)
 class _Chunk:
     """Some rows of an input, with what it takes to encode them twice alike."""
 
-    def __init__(self, encoder: Encoder, tower: int, inputs: Any, rows: int) -> None:
-        self.encoder, self.tower, self.inputs, self.rows = encoder, tower, inputs, rows
+    encoder: Encoder
+    tower: int
+    input: ChunkedInput
+    begin: int
+    end: int
+    devices: set[torch.device]
+
+    @property
+    def owner(self) -> Encoder:
+        return owner_of(self.encoder)
 
     def run(self, select: Callable[[Any], Tensor] | None) -> Tensor:
-        self.cpu_state = torch.get_rng_state()
-        self.device_states = get_device_states(*self._tensors())
-        return self._encode(select)
+        self.random_state = random_state(self.devices)
+        return self._encode(self.input.cut(self.begin, self.end), select).detach()
 
     def run_again(self, select: Callable[[Any], Tensor] | None) -> Tensor:
-        devices, states = self.device_states
-        kind = next((t.device.type for t in self._tensors() if t.device.type != "cpu"), "cuda")
-        with torch.random.fork_rng(devices, device_type=kind):
-            torch.set_rng_state(self.cpu_state)
-            set_device_states(devices, states, device_type=kind)
-            return self._encode(select)
+        self.leaves: list[Any] = self.input.cut(self.begin, self.end)
+        for place in self.input.learned:
+            self.leaves[place] = self.leaves[place].detach().requires_grad_()
+        now = random_state(self.devices)
+        set_random_state(self.random_state)
+        try:
+            return self._encode(self.leaves, select)
+        finally:
+            set_random_state(now)
 
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from _tensors(self.inputs)
-        if isinstance(self.encoder, nn.Module):
-            yield from self.encoder.parameters()
-
-    def _encode(self, select: Callable[[Any], Tensor] | None) -> Tensor:
-        inputs = self.inputs
+    def _encode(self, parts: list[Any], select: Callable[[Any], Tensor] | None) -> Tensor:
+        # An encoder that works in place would give the second forward another input.
+        copies = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+        inputs = self.input.put(copies)
         if isinstance(inputs, Mapping):
             found = self.encoder(**inputs)
         else:
@@ -267,52 +307,34 @@ class _Chunk:
             raise TypeError(
                 f"an encoder must return a tensor, or select find one; got {type(found).__name__}"
             )
-        if not found.ndim or len(found) != self.rows:
+        rows = self.end - self.begin
+        if not found.ndim or len(found) != rows:
             raise ValueError(
-                f"an encoder must return a row per row, {self.rows}; got {tuple(found.shape)}"
+                f"an encoder must return a row per row, {rows}; got {tuple(found.shape)}"
             )
         return found
 
 
-def _parts(whole: Any, size: int, name: str) -> Iterator[tuple[Any, int]]:
-    """Chunks of at most ``size`` rows, at least one, and their numbers of rows."""
-    tensors = list(_tensors(whole))
-    if not tensors:
-        raise ValueError(f"{name} must hold a tensor, got {type(whole).__name__}")
-    lengths = {len(t) if t.ndim else 0 for t in tensors}
-    if len(lengths) != 1:
-        raise ValueError(f"{name} must hold tensors of one length, got {sorted(lengths)}")
-    (rows,) = lengths
-    for begin in range(0, max(rows, 1), size):
-        yield _slice(whole, begin, begin + size), min(size, rows - begin)
-
-
-def _tensors(inputs: Any) -> Iterator[Tensor]:
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, (Mapping, tuple, list)):
-        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
-            yield from _tensors(value)
-
-
-def _slice(inputs: Any, begin: int, end: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[begin:end]
-    if isinstance(inputs, Mapping):
-        return {key: _slice(value, begin, end) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return [_slice(value, begin, end) for value in inputs]
-    return inputs
+def _backward_of_inputs(chunks: list[_Chunk]) -> None:
+    """Takes the gradients of inputs that require them further, in one backward pass."""
+    found = []
+    for whole in {id(chunk.input): chunk.input for chunk in chunks}.values():
+        for place in whole.learned:
+            leaves = [chunk.leaves[place] for chunk in chunks if chunk.input is whole]
+            if any(leaf.grad is not None for leaf in leaves):
+                parts = [
+                    torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves
+                ]
+                found.append((whole.columns[place], torch.cat(parts)))
+    if found:
+        tensors, gradients = zip(*found, strict=True)
+        with _outside_autocast():
+            torch.autograd.backward(tensors, gradients)
 
 
 def _learns(encoder: Encoder) -> bool:
     """Whether to run it with a graph; of what is no module nothing is known."""
     return not isinstance(encoder, nn.Module) or any(p.requires_grad for p in encoder.parameters())
-
-
-def _gradient(tower: Tensor) -> Tensor:
-    # A loss that leaves a tower out: its encoder still takes part in what ranks do together.
-    return torch.zeros_like(tower) if tower.grad is None else tower.grad
 
 
 @contextmanager
