@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("pytorch_metric_learning", reason="the peer pytorch-metric-learning is missing")
 
+import pytorch_metric_learning  # noqa: E402
 from pml_cases import arguments, check, forbid_matrices  # noqa: E402
 from pytorch_metric_learning import losses as peer  # noqa: E402
 from pytorch_metric_learning import miners as peer_miners  # noqa: E402
@@ -52,6 +53,15 @@ def test_name_and_signature(module, name):
     assert [(p.name, p.default) for p in ours.values()] == [
         (p.name, p.default) for p in parents.values()
     ]
+
+
+def test_other_modules_are_the_parents():
+    from flashmetric.pml import regularizers, samplers
+
+    assert samplers.MPerClassSampler is pytorch_metric_learning.samplers.MPerClassSampler
+    assert regularizers.LpRegularizer is pytorch_metric_learning.regularizers.LpRegularizer
+    with pytest.raises(AttributeError, match="no attribute 'sampler'"):
+        flashmetric.pml.sampler  # noqa: B018
 
 
 def test_relatives_remain_relatives():
@@ -141,6 +151,26 @@ def test_cross_batch_memory_with_what_needs_lists():
     given = peer_miners.MultiSimilarityMiner()(x, labels)
     ours, theirs = (home.CrossBatchMemory(home.SupConLoss(), 6) for home in (losses, peer))
     torch.testing.assert_close(ours(x, labels, given), theirs(x, labels, given))
+
+
+@pytest.mark.filterwarnings("ignore:ContrastiveLoss is computed by")
+@pytest.mark.parametrize("method", ["forward", "compute_loss"])
+def test_a_users_loss_in_cross_batch_memory_sees_the_list(method):
+    def of_users(home):
+        parent = home.ContrastiveLoss
+
+        def first_three(self, embeddings, labels=None, indices_tuple=None, *refs):
+            a1, p, a2, n = indices_tuple
+            chosen = a1[:3], p[:3], a2, n
+            return getattr(parent, method)(self, embeddings, labels, chosen, *refs)
+
+        return type("ContrastiveLoss", (parent,), {method: first_three, "__module__": __name__})()
+
+    ours, theirs = (home.CrossBatchMemory(of_users(home), 6) for home in (losses, peer))
+    for seed in range(3):
+        x, labels = labelled_rows(12, 6, 4, seed=seed)
+        results = [value_and_grads(lambda x, m=m, y=labels: m(x, y), x) for m in (ours, theirs)]
+        assert_same(*results)
 
 
 def test_fallback_inside_of_cross_batch_memory():

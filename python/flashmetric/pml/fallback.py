@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a call goes to the parent's own code, and how its user learns of it."""
 
-import sys
-import warnings
 from typing import Any
 
 from torch import Tensor
+
+from flashmetric import not_fused
+from flashmetric.not_fused import NotFusedError, NotFusedWarning
 
 __all__ = ["NotFusedError", "NotFusedWarning", "check_not_overridden", "check_numbers", "report"]
 
@@ -23,36 +24,10 @@ _HARMLESS = frozenset(
     }
 )
 
-# Packages between a module's caller and the warning.
-_INSIDE = ("flashmetric.pml", "pytorch_metric_learning", "torch.nn.")
-
-
-class NotFusedError(Exception):
-    """The kernels cannot compute this call; says why, in words that end a sentence."""
-
-
-class NotFusedWarning(UserWarning):
-    """A loss or a miner left a call to pytorch-metric-learning's own code."""
-
 
 def report(module: Any, reason: NotFusedError) -> None:
     """Warn that a module falls back, the first time it does."""
-    if module._fallback_reported:
-        return
-    module._fallback_reported = True
-    warnings.warn(
-        f"{type(module).__name__} is computed by pytorch-metric-learning itself: {reason}",
-        NotFusedWarning,
-        stacklevel=_callers_level(),
-    )
-
-
-def _callers_level() -> int:
-    """Stack level, as seen by :func:`report`, of the code that called the module."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
-        level, frame = level + 1, frame.f_back
-    return level
+    not_fused.report(module, "pytorch-metric-learning", reason)
 
 
 def check_not_overridden(module: Any) -> None:
