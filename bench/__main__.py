@@ -11,6 +11,7 @@ import torch
 
 from bench import loss_report, loss_search, loss_table
 from bench.cases import Case, grid
+from bench.clients import PARTS
 from bench.contenders import CONTENDERS
 from bench.machine import cpu_model, describe_machine, load_average, slug
 from bench.peak import Peak, PeakMeter
@@ -38,6 +39,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--losses", nargs="*", metavar="NAME", help="a line for every loss instead, or for some"
     )
+    parser.add_argument(
+        "--clients", nargs="*", metavar="PART", help="training loops of the peers instead"
+    )
+    parser.add_argument("--data", type=Path, help="with --clients: a folder of MNIST's IDX files")
     parser.add_argument("--only", choices=("triplet", "contrastive"), help="one loss")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dims", type=int, nargs="+", metavar="D", help="numbers of features")
@@ -66,8 +71,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name}: expected numbers of at least 2")
     if any(value < 16 for value in options.sizes or ()):
         parser.error("--sizes: expected at least 16, so that there are two classes")
-    if options.max_seconds is None:
+    if options.max_seconds is None and options.clients is None:
         options.max_seconds = 5.0 if options.losses is None else 120.0
+    if unknown := sorted(set(options.clients or ()) - set(PARTS)):
+        parser.error(f"--clients: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if options.clients is not None and (options.sizes or options.only or options.losses):
+        parser.error("--clients has sizes of its own: --sizes, --only, --losses are of the others")
     known = {name for line in loss_table.LINES for name in (line.name, line.kernel)}
     if unknown := sorted(set(options.losses or ()) - known):
         parser.error(f"--losses: there is no {', '.join(unknown)}; there are {sorted(known)}")
@@ -152,6 +161,22 @@ def main(arguments: list[str] | None = None) -> int:
     # in the worker itself saves the start of a pool of processes for every case.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    shown = [a for a in sys.argv[1:] if not Path(a).is_absolute()] if arguments is None else []
+    command = shlex.join(["python", "-m", "bench", *shown])
+    if options.clients is not None:
+        from bench.clients.run import run as run_clients
+
+        return run_clients(
+            options.clients,
+            options.out,
+            command,
+            threads=options.threads,
+            quick=options.quick,
+            budget=options.budget,
+            max_seconds=options.max_seconds,
+            memory=options.memory,
+            data=options.data,
+        )
     scope = "quick" if options.quick else "full" if options.full else "default"
     interpreters = {"st": options.st_python} if options.st_python else {}
     suite = Suite(
@@ -183,8 +208,6 @@ def main(arguments: list[str] | None = None) -> int:
     header = describe_machine(options.threads, peaks, load_before)
     stem = f"{slug(cpu_model())}-{header['date']}" + ("" if scope == "default" else f"-{scope}")
     stem += "-losses" if options.losses is not None else ""
-    shown = [a for a in sys.argv[1:] if not Path(a).is_absolute()] if arguments is None else []
-    command = shlex.join(["python", "-m", "bench", *shown])
     writer = write if options.losses is None else write_losses
     for path in writer(suite, header, options.out, stem, command):
         say(f"wrote {path}")
