@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas of docs/scaling.md against bytes that processes write to their sockets."""
+"""The formulas of docs/scaling.md against bytes that processes write; what the ring waits for."""
 
 import math
+from collections.abc import Callable
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bench import scaling
 from bench.scaling_model import Batch, Hardware, bytes_sent, memory, simulate
+from flashmetric.distributed.ring import Ring
 
 # What Gloo adds to each message, and the few numbers that ranks compare and add up.
 OVERHEAD = 8192
@@ -25,16 +29,30 @@ def test_bytes_are_those_of_the_formula() -> None:
             assert model <= found <= model + OVERHEAD, (form, rows, features)
 
 
-def test_a_ring_hides_what_it_computes_longer_than() -> None:
-    delay = 0.005
-    for waited in scaling.on_ranks(2, scaling.measured_waiting, delay, 2048, 256):
-        # Rows go round twice. Sums go round once and home, with nothing left to compute.
-        assert len(waited) == 4
-        assert sum(waited[:-1]) == 0
-        assert waited[-1] <= delay
-    # Next to nothing to compute hides next to nothing.
-    for waited in scaling.on_ranks(2, scaling.measured_waiting, 0.1, 8, 8):
-        assert sum(waited) > 0.1
+def test_blocks_travel_while_others_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def pass_on(ring: Ring, leaving: Tensor, arriving: Tensor) -> Callable[[], None]:
+        events.append("sent")
+        arriving.copy_(leaving)
+        return lambda: events.append("arrived")
+
+    def add(owner: int, block: Tensor) -> Tensor:
+        events.append("computed")
+        return torch.zeros_like(block)
+
+    monkeypatch.setattr(Ring, "_pass_on", pass_on)
+    ring = Ring.__new__(Ring)
+    ring.rank, ring.size, ring.counts = 0, 3, [2, 2, 2]
+    for _ in ring.rounds(torch.zeros(2, 4)):
+        events.append("computed")
+    assert events == ["sent", "computed", "arrived"] * 2 + ["computed"]
+    events.clear()
+    ring.rounds_with_sums(torch.zeros(2, 4), add, torch.float32)
+    rows_only = ["sent", "computed", "arrived"]
+    rows_and_sums = ["sent", "sent", "computed", "arrived", "arrived"]
+    home = ["sent", "arrived"]
+    assert events == rows_only + rows_and_sums + rows_only + home
 
 
 def test_the_model() -> None:
