@@ -11,6 +11,15 @@ import flashmetric
 from flashmetric import functional, reference
 
 SUBJECTS = ("reference", "functional", "module")
+# Labels, by what is particular about them.
+BATCHES = {
+    "regular": [0, 1, 2] * 6,
+    "some-without-positive": [0, 0, 0, 1, 2, 3, 4, 4],
+    "one-class": [5] * 6,
+    "all-distinct": [3, 1, 4, 5, 9],
+    "one-row": [2],
+    "two-rows": [2, 2],
+}
 
 TRIPLET = {
     "pml_batch_hard": {"margin": 0.05, "normalize": True, "reduction": "mean_nonzero"},

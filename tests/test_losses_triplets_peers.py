@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from flashmetric.losses import TripletMarginLoss
-from presets import assert_same, labelled_rows, value_and_grads
+from presets import BATCHES, assert_same, labelled_rows, value_and_grads
 
-BATCHES = {
-    "regular": [0, 1, 2] * 6,
-    "some-without-positive": [0, 0, 0, 1, 2, 3, 4, 4],
-    "one-class": [5] * 6,
-    "all-distinct": [3, 1, 4, 5, 9],
-    "one-row": [2],
-    "two-rows": [2, 2],
-}
 batches = pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES)
 
 

@@ -4,7 +4,15 @@
 import pytest
 import torch
 
-from presets import SUBJECTS, assert_same, contrastive, labelled_rows, triplet, value_and_grads
+from presets import (
+    BATCHES,
+    SUBJECTS,
+    assert_same,
+    contrastive,
+    labelled_rows,
+    triplet,
+    value_and_grads,
+)
 
 pytest.importorskip(
     "sentence_transformers.sentence_transformer.losses",
@@ -14,14 +22,6 @@ pytest.importorskip(
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 
 DTYPES = (torch.float32, torch.float64)
-BATCHES = {
-    "regular": [0, 1, 2] * 6,
-    "some-without-positive": [0, 0, 0, 1, 2, 3, 4, 4],
-    "one-class": [5] * 6,
-    "all-distinct": [3, 1, 4, 5, 9],
-    "one-row": [2],
-    "two-rows": [2, 2],
-}
 batches = pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer import losses as peer  # noqa: E
 
 from flashmetric.sentence_transformers import losses  # noqa: E402
 from flashmetric.sentence_transformers.ranking import _logsumexp  # noqa: E402
+from presets import BATCHES  # noqa: E402
 from sentence_transformers_cases import (  # noqa: E402
     Encoder,
     assert_agree,
@@ -31,14 +32,6 @@ DISTANCES = losses.BatchHardTripletLossDistanceFunction
 METRICS = losses.SiameseDistanceMetric
 TRIPLETS = ("BatchHardTripletLoss", "BatchSemiHardTripletLoss", "BatchAllTripletLoss")
 SOFT = "BatchHardSoftMarginTripletLoss"
-BATCHES = {
-    "regular": [0, 1, 2] * 6,
-    "some-without-positive": [0, 0, 0, 1, 2, 3, 4, 4],
-    "one-class": [5] * 6,
-    "all-distinct": [3, 1, 4, 5, 9],
-    "one-row": [2],
-    "two-rows": [2, 2],
-}
 dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 batches = pytest.mark.parametrize("labels", BATCHES.values(), ids=BATCHES)
 

@@ -201,13 +201,13 @@ class CrossBatchMemory(RowQueue):
                 mask is not None,
                 lambda: self._check(embeddings, labels, indices_tuple, mask),
             )
-            with gathered.failing_together():
+            with gathered.ranks.failing_together():
                 words = gathered.checked
                 entering = _Entering(
                     gathered(embeddings.detach()),
                     gathered(words),
                     None if mask is None else gathered(mask.byte()).bool(),
-                    gathered.first,
+                    gathered.ranks.begin,
                 )
                 value = self._value(embeddings, words, indices_tuple, mask, entering)
         if self.training:

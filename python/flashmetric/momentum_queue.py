@@ -129,7 +129,7 @@ class MomentumQueue(RowQueue):
             value = self._value(queries, entering)
         else:
             gathered = Gathered(self, keys, False, lambda: self._check(queries, keys))
-            with gathered.failing_together():
+            with gathered.ranks.failing_together():
                 value = self._value(queries, keys.detach())
                 entering = gathered(keys.detach())
         if self.training:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in-first-out queue of labelled rows, all of whose state is in ``state_dict``."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashmetric.checks import EMBEDDING_DTYPES, check_count
+from flashmetric.group_module import GroupModule
 from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import IGNORED
 
@@ -29,7 +29,7 @@ _FACTS = (
 )
 
 
-class RowQueue(nn.Module):
+class RowQueue(GroupModule):
     """The last ``size`` rows that entered, with a label each; the base of the memory modules.
 
     Shapes never change and no step waits for the device: a place that holds no row carries the
@@ -252,15 +252,6 @@ class RowQueue(nn.Module):
             )
         return ""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RowQueue":
-        """A copy of the same process group, which is no data of the queue."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        memo[id(self.group)] = self.group
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
-        copied.__setstate__(copy.deepcopy(state, memo))  # type: ignore[no-untyped-call]
-        return copied
-
     def __getstate__(self) -> dict[str, Any]:
         """For pickle, which takes no other process group than the default one."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -291,7 +282,7 @@ class Gathered:
     ) -> None:
         """Check the arguments of this rank by ``check``, and that those of all fit together."""
         # Not above: torch may have been built without what it imports.
-        from flashmetric.distributed.agreement import GroupRanks, served_devices
+        from flashmetric.distributed.agreement import GroupRanks, check_served
 
         if queue.group == _DEFAULT_GROUP:
             if not dist.is_initialized():
@@ -301,18 +292,12 @@ class Gathered:
                 )
             queue.group = dist.group.WORLD
         assert not isinstance(queue.group, str)
-        self.group = queue.group
         facts = dict.fromkeys(_FACTS, 0)
         error: Exception | None = None
         try:
             self.checked = check()
             """What ``check`` has returned."""
-            served = served_devices(self.group)
-            if rows.device.type not in served:
-                raise ValueError(
-                    f"embeddings must be on a device that the group serves, one of {served}; "
-                    f"got {rows.device}"
-                )
+            check_served(rows, queue.group)
             values = (
                 len(rows),
                 rows.shape[1],
@@ -327,22 +312,13 @@ class Gathered:
         except Exception as problem:  # noqa: BLE001 - told to all ranks, raised by agree()
             error = problem
         device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
-        self.ranks = GroupRanks(self.group, device)
+        self.ranks = GroupRanks(queue.group, device)
         table = self.ranks.agree(type(queue).__name__, facts, error)
-        self.counts = [row[0] for row in table]
-        self.first = sum(self.counts[: self.ranks.rank])
-        """Where this rank's rows begin."""
-
-    @contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """What fails on one rank fails on all; on a GPU the others learn of it in the next call."""
-        with self.ranks.failing_together():
-            yield
-            self.ranks.settle()
+        self.ranks.counts = [row[0] for row in table]
 
     @torch.no_grad()
     def __call__(self, values: Tensor) -> Tensor:
         """Values of all ranks' rows, without gradient."""
         from flashmetric.distributed.rows import gather_rows
 
-        return gather_rows(values, self.counts, self.group)
+        return gather_rows(values, self.ranks.counts, self.ranks.group)

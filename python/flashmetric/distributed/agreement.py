@@ -34,6 +34,16 @@ def served_devices(group: dist.ProcessGroup | None) -> list[str]:
     return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
+def check_served(embeddings: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Raise unless the group communicates between devices such as that of the embeddings."""
+    served = served_devices(group)
+    if embeddings.device.type not in served:
+        raise ValueError(
+            f"embeddings must be on a device that the group serves, one of {served}; "
+            f"got {embeddings.device}"
+        )
+
+
 class GroupRanks:
     """The ranks of a process group, which add numbers up in a fixed order."""
 
@@ -113,9 +123,10 @@ class GroupRanks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Tell the other ranks of an error of this one, unless it came from them."""
+        """What fails on one rank fails on all of them; at the end they wait for each other."""
         try:
             yield
+            self.settle()
         except RankError:
             raise
         except Exception:

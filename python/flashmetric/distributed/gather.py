@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss over the batch of all ranks, of which each rank works on its own anchors."""
 
-import copy
 import zlib
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashmetric.checks import check_batch, check_flag
-from flashmetric.distributed.agreement import GroupRanks, served_devices
+from flashmetric.distributed.agreement import GroupRanks, check_served
 from flashmetric.distributed.rows import gather_rows, gather_with_gradient
 from flashmetric.functional.totals import across
+from flashmetric.group_module import GroupModule
 from flashmetric.labels import Labels
 from flashmetric.losses.base import Loss
 from flashmetric.losses.pair_loss import PairLoss
@@ -51,7 +51,7 @@ class _Rows(NamedTuple):
     rule: str
 
 
-class GatherLoss(nn.Module):
+class GatherLoss(GroupModule):
     """A loss over the rows of all ranks; made by :func:`gather_loss` and :func:`ring_loss`."""
 
     def __init__(
@@ -128,28 +128,14 @@ class GatherLoss(nn.Module):
             # Also a loss that was compiled by itself.
             with across(ranks), torch.compiler.set_stance("force_eager"):
                 value: Tensor = self.loss(embeddings, given[0], chosen, refs, given[1])
-            ranks.settle()
         if not self.average:
             return value
         scaled: Tensor = _Scale.apply(value, ranks.size)  # type: ignore[no-untyped-call]
         return scaled
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GatherLoss":
-        """A copy of the same process group, which is no data of the loss."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        memo[id(self.group)] = self.group
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
     def _check_served(self, rows: _Rows, alone: bool) -> None:
         """Raise unless this loss and group can do with these rows."""
-        devices = served_devices(self.group)
-        if rows.refs.device.type not in devices:
-            raise ValueError(
-                f"embeddings must be on a device that the group serves, one of {devices}; "
-                f"got {rows.refs.device}"
-            )
+        check_served(rows.refs, self.group)
         if alone and _has_numbers_per_class(self.loss):
             raise ValueError(
                 f"loss must not have a margin or beta per class without ref_emb; got {self.loss!r}"

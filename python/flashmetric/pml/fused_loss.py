@@ -45,7 +45,6 @@ class FusedLoss:
 
     numbers: tuple[str, ...] = ()
     """Attributes that must not be tensors."""
-    _fallback_reported = False
     _summed: tuple[tuple[Any, Sum], ...] = ()
     """During a call: reducers that collect statistics, and the sums that they do not see."""
 

@@ -22,7 +22,6 @@ class FusedMiner:
     """Attributes that must not be tensors."""
     needs_matrix_for_stats = True
     """Whether its statistics are of all distances."""
-    _fallback_reported = False
 
     distance: Any
     collect_stats: bool
