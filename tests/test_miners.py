@@ -129,7 +129,18 @@ def test_easy_hard_allows_the_ends_of_a_range() -> None:
 
 @case
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.5])
-def test_multi_similarity(epsilon: float, given: tuple) -> None:
+@pytest.mark.parametrize(
+    ("few_pairs", "long_list"), [(1 << 17, 1.0), (0, 1.0), (0, 0.0)], ids=["few", "lists", "rows"]
+)
+def test_multi_similarity(
+    few_pairs: int,
+    long_list: float,
+    epsilon: float,
+    given: tuple,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flashmetric.miners.multi_similarity._FEW_PAIRS", few_pairs)
+    monkeypatch.setattr("flashmetric.miners.multi_similarity._LONG_LIST", long_list)
     found = MultiSimilarityMiner(epsilon)(*given)
     expected = LoopBatch(*given, distance="cosine").multi_similarity(epsilon)
     assert pair_sets(found) == expected

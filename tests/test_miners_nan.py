@@ -29,6 +29,12 @@ MINERS = {
 }
 
 
+@pytest.fixture(params=[1 << 17, 0], autouse=True)
+def few_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of the multi-similarity miner: of few pairs it looks at all."""
+    monkeypatch.setattr("flashmetric.miners.multi_similarity._FEW_PAIRS", request.param)
+
+
 def rows() -> torch.Tensor:
     return torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PairIndices", "TripletIndices"]
+__all__ = ["PairIndices", "TripletIndices", "is_ascending"]
 
 
 class TripletIndices(NamedTuple):
@@ -47,6 +47,17 @@ class PairIndices(NamedTuple):
 
     def indices(self) -> tuple[Tensor, ...]:
         """The pairs (a1, p, a2, n) alone; waits for the device to count them."""
-        p, n = (valid.nonzero().squeeze(1) for valid in (self.positive_valid, self.negative_valid))
-        a1, a2 = self.positive_anchors[p], self.negative_anchors[n]
-        return a1, self.positives[p], a2, self.negatives[n]
+        a1, p, a2, n, positive_valid, negative_valid = self
+        return *_only(positive_valid, a1, p), *_only(negative_valid, a2, n)
+
+
+def _only(valid: Tensor, anchors: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    if valid.all():
+        return anchors, others
+    keep = valid.nonzero().squeeze(1)
+    return anchors[keep], others[keep]
+
+
+def is_ascending(keys: Tensor) -> bool:
+    """Whether numbers [P] are sorted and each is there once; waits for the device."""
+    return bool((keys[1:] > keys[:-1]).all())

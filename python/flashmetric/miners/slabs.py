@@ -63,6 +63,12 @@ def row_slabs(pairs: AllPairs, measured: bool = True) -> Iterator[RowSlab]:
         yield RowSlab(rows, positive, negative, d)
 
 
+def entries(mask: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+    """Anchors and columns of the entries of a mask [rows, M] of a slab that begins with a row."""
+    rows, columns = torch.where(mask)
+    return rows + begin, columns
+
+
 def _distances(x: Tensor, r: Tensor, distance: str) -> Tensor:
     if is_direct(distance):
         return value(exact_u(x.unsqueeze(1), r, distance), distance)

@@ -15,6 +15,7 @@ from pytorch_metric_learning.reducers import (
 from pytorch_metric_learning.utils import common_functions
 from torch import Tensor
 
+from flashmetric.indices import is_ascending
 from flashmetric.pml.batch import Batch, EveryPairButOwn, as_given
 from flashmetric.pml.fallback import NotFusedError, check_not_overridden, check_numbers, report
 
@@ -218,7 +219,21 @@ class FusedPairLoss(FusedLoss):
         if len(batch.indices) == 3:
             a2 = a1
         width = max(1, batch.references)
-        positive, negative = (a1 * width + p).unique(), (a2 * width + n).unique()
-        both = torch.isin(positive, negative).any()
+        a1, p, positive = _each_once(a1, p, width)
+        a2, n, negative = _each_once(a2, n, width)
+        few, many = sorted((positive, negative), key=len)
+        # Both are sorted; torch.isin would sort them again.
+        place = torch.searchsorted(many, few).clamp(max=len(many) - 1)
+        both = len(many) > 0 and bool((many[place] == few).any())
         assert not both, "Each pair should be either be positive or negative"
-        return positive // width, positive % width, negative // width, negative % width
+        return a1, p, a2, n
+
+
+def _each_once(anchor: Tensor, other: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs sorted and without repetition, and the numbers that they are sorted by."""
+    key = anchor * width + other
+    # As the miners leave them.
+    if is_ascending(key):
+        return anchor, other, key
+    key = key.unique()
+    return key // width, key % width, key

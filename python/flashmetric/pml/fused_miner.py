@@ -3,16 +3,15 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flashmetric.functional.all_pairs import AllPairs
-from flashmetric.indices import PairIndices, TripletIndices
+from flashmetric.indices import PairIndices, TripletIndices, is_ascending
 from flashmetric.miners.mined_pairs import MinedPairs
 from flashmetric.pml.batch import Batch
 from flashmetric.pml.fallback import NotFusedError, check_not_overridden, check_numbers, report
 
-__all__ = ["FusedMiner", "chosen", "in_order", "mined_pairs", "of_signed"]
+__all__ = ["FusedMiner", "in_order", "mined_pairs", "of_signed"]
 
 
 class FusedMiner:
@@ -67,8 +66,15 @@ def in_order(found: PairIndices | TripletIndices, batch: Batch) -> tuple[Tensor,
         order = order[(a * width + p)[order].argsort(stable=True)]
         return a[order], p[order], n[order]
     a1, p, a2, n = columns
-    first, second = (a1 * width + p).argsort(), (a2 * width + n).argsort()
-    return a1[first], p[first], a2[second], n[second]
+    return *_sorted(a1, p, width), *_sorted(a2, n, width)
+
+
+def _sorted(anchor: Tensor, other: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    key = anchor * width + other
+    if is_ascending(key):
+        return anchor, other
+    order = key.argsort()
+    return anchor[order], other[order]
 
 
 def of_signed(limits: tuple[float, float] | None, sign: int) -> tuple[float, float] | None:
@@ -76,9 +82,3 @@ def of_signed(limits: tuple[float, float] | None, sign: int) -> tuple[float, flo
     if limits is None or sign > 0:
         return None if limits is None else (float(limits[0]), float(limits[1]))
     return -float(limits[1]), -float(limits[0])
-
-
-def chosen(mask: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-    """Anchors and columns of the entries of a mask [rows, M] of a slab."""
-    rows, columns = torch.where(mask)
-    return rows + begin, columns

@@ -13,10 +13,10 @@ from pytorch_metric_learning.miners import (
 from torch import Tensor
 
 from flashmetric import miners
-from flashmetric.miners.slabs import row_slabs
+from flashmetric.miners.slabs import entries, row_slabs
 from flashmetric.pml.batch import Batch
 from flashmetric.pml.fallback import NotFusedError
-from flashmetric.pml.fused_miner import FusedMiner, chosen, in_order, mined_pairs, of_signed
+from flashmetric.pml.fused_miner import FusedMiner, in_order, mined_pairs, of_signed
 
 __all__ = [
     "AngularMiner",
@@ -106,8 +106,8 @@ class PairMarginMiner(FusedMiner, peer.PairMarginMiner):
         found: tuple[list[Tensor], ...] = tuple([nothing] for _ in range(4))
         for slab in row_slabs(mined_pairs(batch)):
             # NaN is beyond every margin.
-            far = chosen(slab.positive & ~(slab.distance <= low), slab.rows.start)
-            near = chosen(slab.negative & ~(slab.distance >= high), slab.rows.start)
+            far = entries(slab.positive & ~(slab.distance <= low), slab.rows.start)
+            near = entries(slab.negative & ~(slab.distance >= high), slab.rows.start)
             for column, part in zip(found, (*far, *near), strict=True):
                 column.append(part)
         return tuple(torch.cat(column) for column in found)
