@@ -204,3 +204,33 @@ def test_distances_with_one_root_are_a_tie(device: torch.device) -> None:
         for distance, farthest in (("euclidean", 1), ("sqeuclidean", 2)):
             index, _ = mine(x, labels, r, ref_labels, distance, True)
             assert index.flatten().tolist() == [farthest, 0]
+
+
+@pytest.mark.parametrize("d", [3, 64, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_ref", [False, True])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine"])
+def test_negatives_of_near_rows_are_those_of_exact_differences(
+    distance: str, with_ref: bool, dtype: torch.dtype, d: int, device: torch.device
+) -> None:
+    # Around some points, so close that the order of keys means nothing, with copies among them.
+    spread = 3e-4 if dtype == torch.float32 else 1e-8
+    points = torch.randn(3, d, dtype=dtype, device=device)
+    x = points[torch.arange(900, device=device) % 3]
+    x = x + spread * torch.randn(900, d, dtype=dtype, device=device)
+    x[500:600] = x[:100]
+    if distance == "cosine":
+        x = functional.normalize_rows(x)
+    labels = torch.arange(900, device=device) // 7
+    r, ref_labels = None, None
+    if with_ref:
+        x, r, labels, ref_labels = x[:400], x[400:], labels[:400], labels[400:] + 1
+    index, values = OPS.hardest(x, labels, r, ref_labels, distance)
+    expected, distances = OPS.hardest(x, labels, r, ref_labels, distance, True)
+    assert index[1].equal(expected[1])
+    assert values[1].equal(distances[1])
+    # Not what the lowest keys are.
+    refs = x if r is None else r
+    keys = refs.square().sum(1) - 2 * (x @ refs.T)
+    same = labels[:, None] == (labels if ref_labels is None else ref_labels)
+    assert (keys.masked_fill(same, torch.inf).argmin(1) != expected[1]).sum() > 50

@@ -32,6 +32,7 @@ constexpr CpuKernels<T> make_kernels(const char* isa) {
           Tile<T>::kCols,
           pack<T>,
           hardest<T>,
+          list_closest<T>,
           exact_entry<T>,
           accumulate_entry<T>,
           count_pairs<T>,

@@ -148,5 +148,52 @@ void hardest(const Side<T>& query, const Side<T>& ref, const Block& block, const
   }
 }
 
+// How far above the lowest key of row i the key of the truly nearest reference can be. Both keys
+// are inner products and squared norms of rows hardly longer than x; each is off by at most 3.2
+// times the squared norm of x times half an epsilon per rounding.
+template <class T>
+T key_tolerance(const Side<T>& query, int64_t i) {
+  const int64_t chain = query.d < kChain ? query.d : kChain;
+  const T roundings = static_cast<T>(chain + query.d / kChain + 4);
+  // The least normal number: products below it are rounded to its multiples.
+  const T least = sizeof(T) == 4 ? static_cast<T>(__FLT_MIN__) : static_cast<T>(__DBL_MIN__);
+  const T epsilon =
+      sizeof(T) == 4 ? static_cast<T>(__FLT_EPSILON__) : static_cast<T>(__DBL_EPSILON__);
+  return roundings * (5 * epsilon * query.norms[i] + least);
+}
+
+template <class T>
+void list_closest(const Side<T>& query, const Side<T>& ref, int64_t begin, int64_t end,
+                  const Closest<T>& op) {
+  constexpr int kRows = Tile<T>::kRows;
+  constexpr int kCols = Tile<T>::kCols;
+  constexpr int kLanes = Tile<T>::kLanes;
+  alignas(64) T tile[kRows * kCols];
+  for (int64_t t = 0; t < op.count; ++t) op.listed[t] = 0;
+  for (int64_t j = begin; j < end; j += kCols) {
+    for (int64_t first = 0; first < op.count; first += kRows) {
+      const int64_t valid = op.count - first < kRows ? op.count - first : kRows;
+      const T* a[kRows];
+      for (int r = 0; r < kRows; ++r)
+        a[r] = query.rows + op.rows[first + (r < valid ? r : valid - 1)] * query.d;
+      gram_tile(a, ref.panels + j * ref.d, ref.d, tile, kCols);
+      for (int64_t t = first; t < first + valid; ++t) {
+        const int64_t i = op.rows[t];
+        const Vec<T> highest(op.key[i] + key_tolerance(query, i));
+        int32_t* list = op.list + t * op.capacity;
+        for (int64_t c = 0; c < kCols; c += kLanes) {
+          const Vec<T> s = Vec<T>::load(tile + (t - first) * kCols + c);
+          const Vec<T> key = fma(Vec<T>(-2), s, Vec<T>::load(ref.bias + j + c));
+          const auto close =
+              less_equal(key, highest) & Vec<T>::differs(ref.classes + j + c, query.classes[i]);
+          // Padding has an infinite key.
+          for (unsigned bits = close.bits(); __builtin_expect(bits != 0, 0); bits &= bits - 1)
+            list[op.listed[t]++] = static_cast<int32_t>(j + c) + __builtin_ctz(bits);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace FLASHMETRIC_ISA
 }  // namespace flashmetric

@@ -2,7 +2,7 @@
 // Per query row the farthest reference of its class and the nearest of another class.
 // Positives are few and compared by exact differences (many: like negatives); negatives by tiles of
 // inner products, each tile serving both of its sides in a self-batch; the winners are measured by
-// exact differences.
+// exact differences, and among near rows so is every reference that rounding may have hidden.
 #pragma once
 
 #include <batch.h>
@@ -32,7 +32,8 @@ class Hardest {
         lists_(batch.ref_lists()),
         tiled_positives_(!exact_ && batch.large_classes(lists_)),
         negative_(exact_ ? 0 : batch.n),
-        positive_(tiled_positives_ ? batch.n : 0) {}
+        positive_(tiled_positives_ ? batch.n : 0),
+        undecided_(exact_ ? 0 : batch.n, 0) {}
 
   // Writes [2, n]: the positive of every row, then the negatives.
   void run(int64_t* index, T* distances) {
@@ -56,6 +57,7 @@ class Hardest {
           finish(found[kind][i - begin], kind * batch_.n + i, index, distances);
       }
     });
+    if (!exact_) decide(index + batch_.n, distances + batch_.n);
   }
 
  private:
@@ -128,13 +130,45 @@ class Hardest {
     return found;
   }
 
-  Found negative(int64_t i, Scratch& scratch) const {
+  Found negative(int64_t i, Scratch& scratch) {
     Found found;
     if (measured(i, negative_.index[i], found)) return found;
+    if (batch_.finite()) {
+      undecided_[i] = 1;
+      return found;
+    }
     found = {};
     split(i, 0, batch_.m, scratch);
     compare(i, false, scratch.negatives, scratch, found);
     return found;
+  }
+
+  // Negatives of rows whose lowest key cannot be trusted: by exact differences from the references
+  // that can be nearest, which are few even where most rows are near.
+  void decide(int64_t* index, T* distances) const {
+    constexpr int64_t kRowsPerTask = 48;
+    std::vector<int32_t> rows;
+    for (int64_t i = 0; i < batch_.n; ++i)
+      if (undecided_[i] != 0) rows.push_back(static_cast<int32_t>(i));
+    const auto all = static_cast<int64_t>(rows.size());
+    const CpuKernels<T>& kernels = cpu_kernels<T>();
+    const int64_t step = round_up(batch_.block_rows(), kernels.panel_width);
+    const bool parallel = all * batch_.m * batch_.d >= kParallelWork;
+    for_each((all + kRowsPerTask - 1) / kRowsPerTask, parallel, [&](int64_t task) {
+      const int64_t begin = task * kRowsPerTask;
+      const int64_t count = std::min(kRowsPerTask, all - begin);
+      Buffer<int32_t> list(kRowsPerTask * step), listed(kRowsPerTask);
+      const Closest<T> op{rows.data() + begin, count,         negative_.key.data(),
+                          list.data(),         listed.data(), step};
+      Found found[kRowsPerTask];
+      Scratch scratch;
+      for (int64_t j = 0; j < batch_.m; j += step) {
+        kernels.list_closest(batch_.query, batch_.ref, j, std::min(j + step, batch_.m), op);
+        for (int64_t t = 0; t < count; ++t)
+          compare(op.rows[t], false, op.list + t * step, listed[t], scratch, found[t]);
+      }
+      for (int64_t t = 0; t < count; ++t) finish(found[t], op.rows[t], index, distances);
+    });
   }
 
   // Measures what the keys found; whether it can be trusted. Among rows this much closer to each
@@ -235,6 +269,7 @@ class Hardest {
   const RowLists lists_;
   const bool tiled_positives_;
   Minima<T> negative_, positive_;
+  Buffer<int32_t> undecided_;
 };
 
 }  // namespace flashmetric

@@ -86,6 +86,18 @@ struct Extremes {
   Nearest<T> positive;  // null pointers: positives are found elsewhere
 };
 
+// Rows with their lowest keys, and per row the references whose keys may be lowest but for
+// rounding.
+template <class T>
+struct Closest {
+  const int32_t* rows;  // [count]
+  int64_t count;
+  const T* key;     // per row of the side
+  int32_t* list;    // [count, capacity]
+  int32_t* listed;  // [count]
+  int64_t capacity;
+};
+
 // A pair of one kind brings f(scale d + offset) to the sum of its query row. All arrays are per
 // query row and padded to whole panels.
 template <class T>
@@ -170,6 +182,11 @@ struct CpuKernels {
   // Hardest pairs of a block by Gram-form keys: updates its rows and, unless null, its columns.
   void (*hardest)(const Side<T>& query, const Side<T>& ref, const Block& block,
                   const Extremes<T>& rows, const Extremes<T>* columns);
+
+  // Lists, of references [begin, end) of other classes, those whose distance from a row may be the
+  // smallest. Only for rows with a reference so near that kNearFraction asks for exact differences.
+  void (*list_closest)(const Side<T>& query, const Side<T>& ref, int64_t begin, int64_t end,
+                       const Closest<T>& op);
 
   // u[t] of row x against rows other[list[t]], by exact differences.
   void (*exact)(Distance distance, const T* x, T x_norm, const Side<T>& other, const int32_t* list,
