@@ -6,6 +6,21 @@
 namespace flashmetric {
 namespace {
 
+// Distances of row i from the listed rows; 0 where i is -1.
+template <class T>
+void measure(Distance distance, const Side<T>& x, int32_t i, const Side<T>& y, const int32_t* list,
+             int64_t count, T* values) {
+  if (i < 0) {
+    std::fill_n(values, count, T(0));
+    return;
+  }
+  const T norm = x.norms == nullptr ? T(1) : x.norms[i];
+  cpu_kernels<T>().exact(distance, x.rows + i * x.d, norm, y, list, count, values);
+  with_distance(distance, [&](auto d) {
+    for (int64_t t = 0; t < count; ++t) values[t] = decltype(d)::value(values[t]);
+  });
+}
+
 Tensor pair_distance_cpu(const Tensor& query, const OptionalTensor& ref,
                          const OptionalTensor& query_index, const Tensor& ref_index,
                          const std::string& distance) {
@@ -23,15 +38,12 @@ Tensor pair_distance_cpu(const Tensor& query, const OptionalTensor& ref,
     for_each((pairs.size() + kPairsPerTask - 1) / kPairsPerTask,
              pairs.size() * x.d * 4 >= kParallelWork, [&](int64_t task) {
                const int64_t end = std::min((task + 1) * kPairsPerTask, pairs.size());
-               for (int64_t t = task * kPairsPerTask; t < end; ++t) {
+               for (int64_t t = task * kPairsPerTask, next; t < end; t = next) {
+                 // Lists go from anchor to anchor: a run of pairs of one row loads it once.
                  const int32_t i = pairs.query[static_cast<size_t>(t)];
-                 const int32_t j = pairs.ref[static_cast<size_t>(t)];
-                 values[t] = T(0);
-                 if (i < 0) continue;
-                 T u;
-                 const T norm = x.norms == nullptr ? T(1) : x.norms[i];
-                 cpu_kernels<T>().exact(which, x.rows + i * x.d, norm, y, &j, 1, &u);
-                 values[t] = with_distance(which, [&](auto d) { return decltype(d)::value(u); });
+                 for (next = t + 1; next < end; ++next)
+                   if (pairs.query[static_cast<size_t>(next)] != i) break;
+                 measure(which, x, i, y, &pairs.ref[static_cast<size_t>(t)], next - t, values + t);
                }
              });
     return out;
