@@ -141,6 +141,40 @@ def test_duplicates_are_as_far_as_the_parent_says(metric):
     assert_agree(*found, tolerance=1e-9)
 
 
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize("metric", ["EUCLIDEAN", "MANHATTAN"])
+@pytest.mark.parametrize("apart", [0.0, 1e-5])
+def test_near_pairs_of_long_rows_in_single_precision(apart, metric, spread):
+    x = spread * torch.randn(4, 16)
+    rows, labels = [x, x + apart], torch.tensor([0, 0, 1, 0])
+    found = []
+    for home, dtype in ((losses, torch.float32), (peer, torch.float64)):
+        loss = home.ContrastiveLoss(None, distance_metric=getattr(METRICS, metric), margin=1.0)
+        given = [row.to(dtype).requires_grad_() for row in rows]
+        value = loss.compute_loss_from_embeddings(given, labels)
+        found.append([value, *torch.autograd.grad(value, given)])
+    assert_agree(*found)
+
+
+@pytest.mark.parametrize("metric", ["euclidean_distance", "cosine_distance"])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_text_under_two_labels_is_no_negative_farther_than_itself(metric, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(32) // 4
+    centres = torch.randn(8, 384, generator=generator)
+    x = torch.randn(32, 384, generator=generator) + 0.5 * centres[labels]
+    x = torch.nn.functional.normalize(x)
+    x[[5, 11, 30]] = x[[0, 20, 2]]
+    found = []
+    for home, dtype in ((losses, torch.float32), (peer, torch.float64)):
+        options = {"distance_metric": getattr(DISTANCES, metric), "margin": 0.5}
+        rows = x.to(dtype).requires_grad_()
+        loss = home.BatchSemiHardTripletLoss(None, **options)
+        value = loss.compute_loss_from_embeddings([rows], labels)
+        found.append([value, *torch.autograd.grad(value, [rows])])
+    assert_agree(*found)
+
+
 DIRECTIONS = {
     "forward": {},
     "symmetric": {
@@ -253,3 +287,13 @@ def test_half_precision_is_that_of_the_rows_alone(name, columns, options, form):
     theirs = getattr(peer, name.removeprefix("Cached"))(Encoder(), **options)
     truth = theirs.compute_loss_from_embeddings(rows, labels)
     assert value.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+def test_half_precision_rows_with_a_column_of_hard_negatives_under_autocast():
+    rows = [torch.randn(5, 6).half().requires_grad_() for _ in range(3)]
+    loss = losses.MultipleNegativesRankingLoss(None)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss.compute_loss_from_embeddings(rows, None)
+    truth = peer.MultipleNegativesRankingLoss(None)
+    expected = truth.compute_loss_from_embeddings([row.double() for row in rows], None)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)

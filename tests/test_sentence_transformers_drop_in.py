@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """flashmetric.sentence_transformers in the place of its parent: names, fallback, differences."""
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -32,7 +33,9 @@ from sentence_transformers_cases import (  # noqa: E402
 )
 
 DISTANCES = losses.BatchHardTripletLossDistanceFunction
-FUSED = [name for name in losses.__all__ if getattr(losses, name).__module__[:5] == "flash"]
+OURS = [name for name in losses.__all__ if getattr(losses, name).__module__[:5] == "flash"]
+DEPRECATED = [name for name in OURS if "Symmetric" in name]
+FUSED = [name for name in OURS if name not in DEPRECATED]
 OPTIONS = {
     "BatchHardTripletLoss": {"margin": 0.4},
     "ContrastiveLoss": {"distance_metric": losses.SiameseDistanceMetric.MANHATTAN},
@@ -44,11 +47,13 @@ OPTIONS = {
 
 def test_every_name():
     assert set(losses.__all__) == set(peer.__all__)
-    assert len(FUSED) == 8
-    assert set(FUSED) < set(package.__all__)
+    assert (len(FUSED), len(DEPRECATED)) == (8, 2)
+    assert set(OURS) < set(package.__all__)
     for name in peer.__all__:
+        for other in peer.__all__:
+            if issubclass(getattr(peer, name), getattr(peer, other)):
+                assert issubclass(getattr(losses, name), getattr(losses, other))
         assert issubclass(getattr(losses, name), getattr(peer, name))
-    assert issubclass(losses.BatchHardSoftMarginTripletLoss, losses.BatchHardTripletLoss)
 
 
 @pytest.mark.filterwarnings("ignore:hardness_mode")
@@ -62,6 +67,23 @@ def test_what_a_model_card_reads(name):
     assert getattr(ours, "temperature", None) == getattr(theirs, "temperature", None)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert set(vars(ours)) == set(vars(theirs))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_a_model_card_calls_it(name):
+    kind = getattr(losses, name)
+    assert util.fullname(kind) == f"flashmetric.sentence_transformers.losses.{name}"
+    assert getattr(importlib.import_module(kind.__module__), name) is kind
+
+
+@pytest.mark.parametrize("name", DEPRECATED)
+def test_deprecated_names(name):
+    with pytest.warns(DeprecationWarning, match="directions=") as caught:
+        ours, theirs = build(name, scale=9.0)
+    assert [w.filename.endswith("sentence_transformers_cases.py") for w in caught] == [True] * 2
+    assert ours.get_config_dict() == theirs.get_config_dict()
+    features = sentences(6, 2)
+    assert_agree(outcome(ours, features), outcome(theirs, features))
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -134,7 +156,11 @@ REASONS = {
     ),
     "semi-hard": ("BatchSemiHardTripletLoss", {"distance_metric": own_distance}, "own_distance"),
     "all": ("BatchAllTripletLoss", {"margin": torch.tensor(0.3)}, "margin is a tensor"),
-    "pairs": ("ContrastiveLoss", {"distance_metric": own_pair_distance}, "own_pair_distance has"),
+    "pairs": (
+        "ContrastiveLoss",
+        {"distance_metric": own_pair_distance},
+        "own_pair_distance is not",
+    ),
     "online": ("OnlineContrastiveLoss", {"distance_metric": own_pair_distance}, "own_pair_dist"),
     "similarity": (
         "MultipleNegativesRankingLoss",
@@ -184,6 +210,32 @@ def test_similarity_of_the_model(name):
         value = loss.compute_loss_from_embeddings(rows, None)
         found.append([value, *torch.autograd.grad(value, rows)])
     assert_agree(*found)
+
+
+class OwnSimilarity(SentenceTransformer):
+    def similarity(self, embeddings1, embeddings2):
+        return own_similarity(embeddings1, embeddings2)
+
+
+def replaced_similarity():
+    model = SentenceTransformer(modules=[Encoder()], similarity_fn_name="dot")
+    model._similarity = own_similarity
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: OwnSimilarity(modules=[Encoder()]), replaced_similarity], ids=["own", "set"]
+)
+def test_similarity_that_a_model_overrides(make):
+    model = make()
+    rows = [torch.randn(7, 6, dtype=torch.float64) for _ in range(2)]
+    values = []
+    for home in (losses, peer):
+        loss = home.MultipleNegativesRankingLoss(model, 2.0, similarity_fct=model.similarity)
+        context = pytest.warns(NotFusedWarning) if home is losses else contextlib.nullcontext()
+        with context:
+            values.append(loss.compute_loss_from_embeddings(rows, None))
+    assert values[0].equal(values[1])
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -12,6 +12,8 @@ _INSIDE = frozenset(
     {
         "accelerate",
         "flashmetric",
+        "lightning",
+        "pytorch_lightning",
         "pytorch_metric_learning",
         "sentence_transformers",
         "torch",

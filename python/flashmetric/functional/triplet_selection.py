@@ -31,12 +31,12 @@ def select_pairs(
         return positive, pairs.nearest("negative")
     if mining == "semi_hard_anchor":
         positive = pairs.farthest("positive")
-    return positive, _only_with(positive, pairs.nearest("negative", positive.distance.detach()))
+    return positive, _only_with(positive, _nearest_farther(pairs, positive))
 
 
 def semi_hard_negatives(pairs: Pairs, positive: PairLists) -> PairLists:
     """For each positive the nearest negative farther than it, otherwise the farthest negative."""
-    beyond = pairs.nearest("negative", positive.distance.detach())
+    beyond = _nearest_farther(pairs, positive)
     farthest = pairs.farthest("negative")
     return _only_with(
         positive,
@@ -46,6 +46,16 @@ def semi_hard_negatives(pairs: Pairs, positive: PairLists) -> PairLists:
             beyond.valid | farthest.valid,
         ),
     )
+
+
+def _nearest_farther(pairs: Pairs, positive: PairLists) -> PairLists:
+    """For each positive the nearest negative that is farther by more than rounding.
+
+    A copy of the positive among the negatives, such as one text under two labels, is as far, but
+    what the sweep finds for it may be some units of the last place above what is measured here.
+    """
+    limit = positive.distance.detach()
+    return pairs.nearest("negative", limit + 4 * torch.finfo(limit.dtype).eps * limit.abs())
 
 
 def _only_with(positive: PairLists, negative: PairLists) -> PairLists:

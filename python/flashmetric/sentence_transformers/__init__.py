@@ -9,9 +9,10 @@ Change the import, nothing else::
     trainer = SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss)
 
 Every class is that of sentence-transformers or a subclass of the same name, with its arguments,
-defaults, attributes, configuration and call, so that the trainer, the model card and losses that
-wrap losses know it. What the kernels cannot compute, such as a similarity function of your own, is
-left to the parent's own code; a warning, once per object, says why.
+defaults, attributes, configuration and call, so that the trainer and losses that wrap losses know
+it; a model card names the class of this module. What the kernels cannot compute, such as a
+similarity function of your own, is left to the parent's own code; a warning, once per object, says
+why.
 
 Where the parent's formula is defined, value and gradients are its own up to rounding. Each class
 says where they differ. In all of them: rows of float16 and bfloat16 are widened before they are
@@ -37,8 +38,10 @@ from flashmetric.sentence_transformers.losses import (
     BatchHardTripletLossDistanceFunction,
     BatchSemiHardTripletLoss,
     CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
     ContrastiveLoss,
     MultipleNegativesRankingLoss,
+    MultipleNegativesSymmetricRankingLoss,
     OnlineContrastiveLoss,
     SiameseDistanceMetric,
 )
@@ -50,8 +53,10 @@ __all__ = [
     "BatchHardTripletLossDistanceFunction",
     "BatchSemiHardTripletLoss",
     "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
     "ContrastiveLoss",
     "MultipleNegativesRankingLoss",
+    "MultipleNegativesSymmetricRankingLoss",
     "NotFusedWarning",
     "OnlineContrastiveLoss",
     "SiameseDistanceMetric",

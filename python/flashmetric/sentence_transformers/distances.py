@@ -11,7 +11,6 @@ from sentence_transformers.sentence_transformer.losses import (
     SiameseDistanceMetric,
 )
 from sentence_transformers.util import (
-    SimilarityFunction,
     cos_sim,
     dot_score,
     euclidean_sim,
@@ -22,15 +21,7 @@ from sentence_transformers.util import (
 from flashmetric.ops.distance import Distance
 from flashmetric.sentence_transformers.fallback import NotFusedError
 
-__all__ = ["PairMetric", "Similarity", "pair_metric", "similarity", "triplet_distance"]
-
-
-class PairMetric(NamedTuple):
-    """A distance of two columns, row by row."""
-
-    distance: Distance
-    shift: float
-    """Added to every feature of the difference."""
+__all__ = ["Similarity", "pair_metric", "similarity", "triplet_distance"]
 
 
 class Similarity(NamedTuple):
@@ -40,12 +31,10 @@ class Similarity(NamedTuple):
     constant: float
 
 
-# What torch.nn.functional.pairwise_distance adds.
-_EPS = 1e-6
-_PAIRS = {
-    SiameseDistanceMetric.EUCLIDEAN: PairMetric("euclidean", _EPS),
-    SiameseDistanceMetric.MANHATTAN: PairMetric("cityblock", _EPS),
-    SiameseDistanceMetric.COSINE_DISTANCE: PairMetric("cosine", 0.0),
+_PAIRS: dict[Callable[..., Any], Distance] = {
+    SiameseDistanceMetric.EUCLIDEAN: "euclidean",
+    SiameseDistanceMetric.MANHATTAN: "cityblock",
+    SiameseDistanceMetric.COSINE_DISTANCE: "cosine",
 }
 _SIMILARITIES = {
     cos_sim: Similarity("cosine", 1.0),
@@ -80,21 +69,23 @@ def triplet_distance(function: Callable[..., Any]) -> Distance:
     )
 
 
-def pair_metric(function: Callable[..., Any]) -> PairMetric:
-    """The kernel's distance that a pair loss's ``distance_metric`` computes."""
+def pair_metric(function: Callable[..., Any]) -> Distance:
+    """The distance that a pair loss's ``distance_metric`` computes."""
     for known, found in _PAIRS.items():
         if function is known:
             return found
     raise NotFusedError(
-        f"the distance {_name(function)} has no kernel, only those of SiameseDistanceMetric have"
+        f"the distance {_name(function)} is not known, only those of SiameseDistanceMetric are"
     )
 
 
-def similarity(function: Callable[..., Any]) -> Similarity:
+def similarity(function: Any) -> Similarity:
     """The kernel's distance behind a ``similarity_fct``, also a model's own ``similarity``."""
-    owner = getattr(function, "__self__", None)
-    if isinstance(owner, SentenceTransformer) and _name(function) == "similarity":
-        function = SimilarityFunction.to_similarity_fn(owner.similarity_fn_name)
+    if getattr(function, "__func__", None) is SentenceTransformer.similarity:
+        model = function.__self__
+        # The first look at the name chooses the function.
+        assert model.similarity_fn_name
+        function = model._similarity
     for known, found in _SIMILARITIES.items():
         if function is known:
             return found

@@ -6,7 +6,6 @@ from sentence_transformers.sentence_transformer.losses import (
     AnglELoss,
     BatchHardTripletLossDistanceFunction,
     CachedGISTEmbedLoss,
-    CachedMultipleNegativesSymmetricRankingLoss,
     ContrastiveTensionDataLoader,
     ContrastiveTensionLoss,
     ContrastiveTensionLossInBatchNegatives,
@@ -22,7 +21,6 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MegaBatchMarginLoss,
     MSELoss,
-    MultipleNegativesSymmetricRankingLoss,
     SiameseDistanceMetric,
     SoftmaxLoss,
     TripletDistanceMetric,
@@ -32,7 +30,9 @@ from sentence_transformers.sentence_transformer.losses import (
 from flashmetric.sentence_transformers.pair_losses import ContrastiveLoss, OnlineContrastiveLoss
 from flashmetric.sentence_transformers.ranking_losses import (
     CachedMultipleNegativesRankingLoss,
+    CachedMultipleNegativesSymmetricRankingLoss,
     MultipleNegativesRankingLoss,
+    MultipleNegativesSymmetricRankingLoss,
 )
 from flashmetric.sentence_transformers.triplet_losses import (
     BatchAllTripletLoss,
@@ -76,3 +76,8 @@ __all__ = [
     "TripletDistanceMetric",
     "TripletLoss",
 ]
+
+# Model cards and pickles name a class by its module: this one, that users import.
+for _name in __all__:
+    if globals()[_name].__module__.startswith("flashmetric."):
+        globals()[_name].__module__ = __name__

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from sentence_transformers.sentence_transformer import losses as peer
 from torch import Tensor
+from torch.nn import functional
 
 from flashmetric.functional.all_pairs import pair_distance
 from flashmetric.functional.normalize import normalize_rows
@@ -19,7 +20,7 @@ __all__ = ["ContrastiveLoss", "OnlineContrastiveLoss"]
 
 
 def _distances(loss: Any, embeddings: list[Tensor]) -> Tensor | None:
-    """Distances [N] of the two columns, or None after a word about why there is no kernel."""
+    """Distances [N] of the two columns, or None after a word about why they are the parent's."""
     if len(embeddings) != 2:
         raise ValueError(
             f"{type(loss).__name__} takes two columns of sentences; got {len(embeddings)}"
@@ -33,14 +34,15 @@ def _distances(loss: Any, embeddings: list[Tensor]) -> Tensor | None:
     except NotFusedError as reason:
         report(loss, reason)
         return None
-    if metric.distance == "cosine":
+    if metric == "cosine":
         first, second = normalize_rows(first), normalize_rows(second)
-    elif metric.shift:
-        # Half precision would round the shift away.
-        first = first.to(accumulate_dtype(first.dtype)) + metric.shift
-        second = second.to(first.dtype)
-    rows = torch.arange(len(first), device=first.device)
-    return pair_distance(first, second, rows, rows, metric.distance)
+        rows = torch.arange(len(first), device=first.device)
+        return pair_distance(first, second, rows, rows, metric)
+    # The parent's function, with what it adds to each difference; half precision would round that
+    # away.
+    dtype = accumulate_dtype(first.dtype)
+    p = 1.0 if metric == "cityblock" else 2.0
+    return functional.pairwise_distance(first.to(dtype), second.to(dtype), p)
 
 
 class ContrastiveLoss(peer.ContrastiveLoss):
@@ -57,7 +59,8 @@ class ContrastiveLoss(peer.ContrastiveLoss):
 
     Differs from the parent:
         - The cosine distance is half the squared difference of unit rows: near-duplicates keep
-          their digits. Zero rows have gradient 0; there 1e8 times that of unit rows.
+          their digits. Rows shorter than 1e-8 have unit length like all others. Zero rows have
+          gradient 0; there 1e8 times that of unit rows.
         - Labels may be bool.
     """
 

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax losses of queries against the documents of the whole batch."""
 
+import warnings
+
 import torch
 from sentence_transformers.sentence_transformer import losses as peer
 from torch import Tensor
+from typing_extensions import deprecated
 
 from flashmetric.sentence_transformers.fallback import NotFusedError, report
 from flashmetric.sentence_transformers.ranking import ranking_loss
 
-__all__ = ["CachedMultipleNegativesRankingLoss", "MultipleNegativesRankingLoss"]
+__all__ = [
+    "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
+    "MultipleNegativesRankingLoss",
+    "MultipleNegativesSymmetricRankingLoss",
+]
+
+_WORD = "use {} with directions=('query_to_doc', 'doc_to_query'), partition_mode='per_direction'"
 
 
 class MultipleNegativesRankingLoss(peer.MultipleNegativesRankingLoss):
@@ -31,7 +41,8 @@ class MultipleNegativesRankingLoss(peer.MultipleNegativesRankingLoss):
         - The loss is ``log(1 + e^x)`` of the difference of logits, there the difference of a
           log-sum-exp and a logit: losses below 1e-7 keep their digits.
         - Similarities of float16 and bfloat16 rows are float32; there they are rounded to that.
-        - Zero rows have gradient 0 by ``cos_sim``; there 1e12 times that of unit rows.
+        - Rows shorter than 1e-12 have unit length by ``cos_sim`` like all others, there they are
+          divided by 1e-12. Zero rows have gradient 0; there 1e12 times that of unit rows.
     """
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
@@ -42,7 +53,8 @@ class MultipleNegativesRankingLoss(peer.MultipleNegativesRankingLoss):
                 f"got {len(embeddings)}"
             )
         try:
-            return ranking_loss(self, embeddings[0], list(embeddings[1:]))
+            with torch.autocast(embeddings[0].device.type, enabled=False):
+                return ranking_loss(self, embeddings[0], list(embeddings[1:]))
         except NotFusedError as reason:
             report(self, reason)
         parents: Tensor = super().compute_loss_from_embeddings(embeddings, labels)
@@ -75,3 +87,20 @@ class CachedMultipleNegativesRankingLoss(peer.CachedMultipleNegativesRankingLoss
             report(self, reason)
         parents: Tensor = super().calculate_loss(reps, labels, with_backward=with_backward)
         return parents
+
+
+with warnings.catch_warnings():
+    # The parents warn whoever subclasses them. These warn whoever calls them, as the parents do.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @deprecated(_WORD.format("MultipleNegativesRankingLoss"))
+    class MultipleNegativesSymmetricRankingLoss(
+        MultipleNegativesRankingLoss, peer.MultipleNegativesSymmetricRankingLoss
+    ):
+        """The loss of both directions, averaged, under its deprecated name."""
+
+    @deprecated(_WORD.format("CachedMultipleNegativesRankingLoss"))
+    class CachedMultipleNegativesSymmetricRankingLoss(
+        CachedMultipleNegativesRankingLoss, peer.CachedMultipleNegativesSymmetricRankingLoss
+    ):
+        """The same, with the activations of ``mini_batch_size`` sentences at a time."""

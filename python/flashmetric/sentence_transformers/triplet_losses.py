@@ -66,7 +66,8 @@ class BatchHardTripletLoss(peer.BatchHardTripletLoss):
         - Distances are measured by differences, there by ``|x|^2 - 2 x.y + |y|^2``, which in
           float32 loses those of near-duplicates far from the origin. Candidates that agree to
           rounding may be taken for one another.
-        - Zero rows have gradient 0 by the cosine distance; there 1e12 times that of unit rows.
+        - Zero rows have gradient 0 by the cosine distance; there 1e12 times that of unit rows. One
+          is at distance 0 from itself, there 1, which an anchor without negatives can see.
         - An empty batch costs 0; there it raises.
     """
 
@@ -106,8 +107,8 @@ class BatchSemiHardTripletLoss(peer.BatchSemiHardTripletLoss):
 
     Differs from the parent:
         - A triplet whose hinge is exactly 0 has gradient 0; there half of the active side's.
-        - A negative as far as the positive up to rounding may count as farther here and as nearer
-          there, or the other way round.
+        - A negative as far as the positive up to rounding does not count as farther; there
+          rounding decides, but for copies of the positive.
         - Otherwise as :class:`BatchHardTripletLoss`. Memory is O(N P) for P positives of an anchor.
     """
 
