@@ -48,7 +48,8 @@ class Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         """Count the tensor."""
-        self.tensor, self.bytes = tensor, tensor.nbytes
+        # Detached: an output that kept its own graph would not go until some backward does.
+        self.tensor, self.bytes = tensor.detach(), tensor.nbytes
         Kept.now += self.bytes
         Kept.peak = max(Kept.peak, Kept.now)
 

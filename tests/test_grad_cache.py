@@ -308,7 +308,8 @@ class Kept:
         self.hooks.__exit__(*error)
 
     def _pack(self, tensor):
-        held = type("Held", (), {"tensor": tensor})()
+        # Detached: a saved output that held its own graph would keep it alive until a backward.
+        held = type("Held", (), {"tensor": tensor.detach()})()
         size = tensor.nbytes
         self.now += size
         self.most = max(self.most, self.now)
@@ -333,6 +334,21 @@ def test_memory_is_that_of_a_chunk():
         grad_cache(encoder, lambda x, labels: x.square().mean(), x, chunk_size=16, labels=labels)
     # Beside the chunk: the loss's own 256 x 4 numbers, before any chunk has a graph.
     assert most[16] <= kept.most <= max(most[16], 256 * 4 * 4) < most[64]
+
+
+def test_embeddings_do_not_keep_what_they_were_taken_from():
+    hidden = []
+
+    def encoder(x):
+        assert all(array() is None for array in hidden)
+        array = x.numpy().repeat(100, axis=1)
+        hidden.append(weakref.ref(array))
+        return torch.from_numpy(array)
+
+    x = torch.randn(12, 6, 1)
+    with torch.no_grad():
+        grad_cache(encoder, torch.sum, x, chunk_size=4, select=lambda found: found[:, 0])
+    assert len(hidden) == 3
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,29 @@ def buffers_of(encoder: Encoder) -> list[Buffer]:
     ]
 
 
+def with_shared_buffers(owners: set[int], buffers: dict[int, list[Buffer]]) -> set[int]:
+    """Those of these owners that have buffers, and all whose buffers are, or share, theirs.
+
+    Args:
+        owners: ids of owners.
+        buffers: what :func:`buffers_of` found, by the id of the owner.
+    """
+    # A module may replace a tensor, and two may hold the same one.
+    marks: dict[int, set[tuple[object, ...]]] = {
+        owner: {(id(module), name) for module, name, _, _ in found}
+        | {(id(buffer),) for _, _, buffer, _ in found if buffer is not None}
+        for owner, found in buffers.items()
+    }
+    changed = {owner for owner in owners if marks[owner]}
+    while more := {
+        owner
+        for owner in marks.keys() - changed
+        if any(not marks[owner].isdisjoint(marks[other]) for other in changed)
+    }:
+        changed |= more
+    return changed
+
+
 def set_buffers(buffers: list[Buffer]) -> None:
     """Put tensors and contents back to where :func:`buffers_of` found them."""
     for module, name, buffer, contents in buffers:

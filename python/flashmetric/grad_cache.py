@@ -21,6 +21,7 @@ from flashmetric.encoder_state import (
     set_buffers,
     set_random_state,
     state_tensors,
+    with_shared_buffers,
 )
 
 Backward = Callable[[Tensor], object]
@@ -46,8 +47,8 @@ def grad_cache(
         \frac{\partial L}{\partial \theta} = \sum_{\text{chunks } c}
         \frac{\partial L}{\partial x_c}\, \frac{\partial x_c}{\partial \theta}
 
-    All chunks are encoded without a graph, the loss of all embeddings gives the gradient of each,
-    and each chunk is encoded once more, now with a graph, to take its gradient further. That is one
+    All chunks are encoded, and their graphs dropped at once; the loss of all embeddings gives the
+    gradient of each; and each chunk is encoded once more, to take its gradient further. That is one
     more forward than usual, and exact: the loss sees the whole batch.
 
     The second forward repeats the first. Random numbers of the CPU and of the devices are set back
@@ -56,10 +57,13 @@ def grad_cache(
     that look at other rows, such as batch normalisation in training mode, see those of the chunk.
     Of an encoder that is no module, method of one or ``functools.partial`` of these, buffers are
     unknown and not set back, nor are random numbers of CUDA if its first call is what starts CUDA.
+    Other things that a forward changes, such as Python's random numbers or attributes that are no
+    buffers, are not set back, and no check compares the two forwards.
 
     Args:
         encoders: a module, or several (two towers), one per input; the same one may come twice.
-            Frozen ones are run once, unless their input requires gradients.
+            Those whose embeddings need no gradient, such as frozen ones, are run once, unless they
+            share buffers with others.
         loss: takes one embedding tensor per encoder, and ``loss_arguments``: any loss of
             :mod:`flashmetric`, :class:`~flashmetric.CrossBatchMemory`, or a function. Its own
             parameters get gradients too. It is called once.
@@ -227,39 +231,52 @@ class GradCache:
         buffers: dict[int, list[Buffer]],
         loss_arguments: dict[str, Any],
     ) -> Tensor:
-        with torch.no_grad():
-            parts = [chunk.run(self.select) for chunk in chunks]
-        # In case autocast keeps weights that it has cast without a graph: they have no gradient.
-        # PyTorch 2.13 keeps none, as tests/test_grad_cache.py sees.
-        torch.clear_autocast_cache()
-        towers = [
-            torch.cat([part for c, part in zip(chunks, parts, strict=True) if c.tower == tower])
-            for tower in range(len(self.encoders))
-        ]
-        del parts
-        if not torch.is_grad_enabled():
-            return self.loss(*towers, **loss_arguments)
-        for chunk in chunks:
-            towers[chunk.tower].requires_grad_(_learns(chunk.encoder) or bool(chunk.input.learned))
+        towers = self._first_pass(chunks)
         value = self.loss(*towers, **loss_arguments)
+        if not torch.is_grad_enabled():
+            return value
         with _outside_autocast():
             value.backward() if self.backward is None else self.backward(value)
-        again = [chunk for chunk in chunks if towers[chunk.tower].requires_grad]
-        for owner in {id(chunk.owner) for chunk in again}:
+        learning = [chunk for chunk in chunks if towers[chunk.tower].requires_grad]
+        # Others that have changed the buffers that are set back have to do so again.
+        changed = with_shared_buffers({id(chunk.owner) for chunk in learning}, buffers)
+        for owner in changed:
             set_buffers(buffers[owner])
+        again = [c for c in chunks if towers[c.tower].requires_grad or id(c.owner) in changed]
         self._second_pass(again, towers)
-        _backward_of_inputs(again)
+        _backward_of_inputs(learning)
         return value.detach()
 
+    def _first_pass(self, chunks: list["_Chunk"]) -> list[Tensor]:
+        """The embeddings of each encoder; leaves, which require gradients if the chunks' did.
+
+        Chunks have graphs here too: without, modules may compute something else, as those of
+        ``torch.nn.TransformerEncoder`` do, and as code that asks for ``torch.is_grad_enabled()``.
+        """
+        parts: list[list[Tensor]] = [[] for _ in self.encoders]
+        learns = [False] * len(parts)
+        for chunk in chunks:
+            with _synchronizing(chunk.owner, False) if torch.is_grad_enabled() else nullcontext():
+                embeddings = chunk.run(self.select)
+            learns[chunk.tower] |= embeddings.requires_grad
+            # A view, such as of one token, would keep the output of the encoder, and the embeddings
+            # their graph while the next chunk is encoded.
+            parts[chunk.tower].append(embeddings.detach().clone())
+            del embeddings
+        return [
+            torch.cat(part).requires_grad_(learn) for part, learn in zip(parts, learns, strict=True)
+        ]
+
     def _second_pass(self, chunks: list["_Chunk"], towers: list[Tensor]) -> None:
-        last = {id(chunk.owner): chunk for chunk in chunks}
+        last = {id(chunk.owner): chunk for chunk in chunks if towers[chunk.tower].requires_grad}
         for chunk in chunks:
             tower = towers[chunk.tower]
-            # A loss that leaves a tower out: its encoder still takes part in what ranks share.
-            gradient = torch.zeros_like(tower) if tower.grad is None else tower.grad
-            with _synchronizing(chunk.owner, last[id(chunk.owner)] is chunk):
+            with _synchronizing(chunk.owner, last.get(id(chunk.owner)) is chunk):
                 embeddings = chunk.run_again(self.select)
                 if embeddings.requires_grad:
+                    # A loss that leaves a tower out: its encoder still takes part in what ranks
+                    # share.
+                    gradient = torch.zeros_like(tower) if tower.grad is None else tower.grad
                     with _outside_autocast():
                         torch.autograd.backward(embeddings, gradient[chunk.begin : chunk.end])
 
@@ -281,18 +298,22 @@ class _Chunk:
 
     def run(self, select: Callable[[Any], Tensor] | None) -> Tensor:
         self.random_state = random_state(self.devices)
-        return self._encode(self.input.cut(self.begin, self.end), select).detach()
+        return self._encode(self._cut(), select)
 
     def run_again(self, select: Callable[[Any], Tensor] | None) -> Tensor:
-        self.leaves: list[Any] = self.input.cut(self.begin, self.end)
-        for place in self.input.learned:
-            self.leaves[place] = self.leaves[place].detach().requires_grad_()
+        self.leaves = self._cut()
         now = random_state(self.devices)
         set_random_state(self.random_state)
         try:
             return self._encode(self.leaves, select)
         finally:
             set_random_state(now)
+
+    def _cut(self) -> list[Any]:
+        leaves = self.input.cut(self.begin, self.end)
+        for place in self.input.learned:
+            leaves[place] = leaves[place].detach().requires_grad_()
+        return leaves
 
     def _encode(self, parts: list[Any], select: Callable[[Any], Tensor] | None) -> Tensor:
         # An encoder that works in place would give the second forward another input.
@@ -330,11 +351,6 @@ def _backward_of_inputs(chunks: list[_Chunk]) -> None:
         tensors, gradients = zip(*found, strict=True)
         with _outside_autocast():
             torch.autograd.backward(tensors, gradients)
-
-
-def _learns(encoder: Encoder) -> bool:
-    """Whether to run it with a graph; of what is no module nothing is known."""
-    return not isinstance(encoder, nn.Module) or any(p.requires_grad for p in encoder.parameters())
 
 
 @contextmanager
