@@ -2,8 +2,6 @@
 """What the processes of test_distributed.py run: every loss on parts of a batch."""
 
 import copy
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ import flashmetric
 from flashmetric import miners
 from flashmetric.catalog import ENTRIES
 from flashmetric.distributed import gather_loss, ring_loss
-from flashmetric.labels import Labels, multi_hot
+from flashmetric.labels import multi_hot
 
 FORMS: dict[str, Callable[..., nn.Module]] = {"gather": gather_loss, "ring": ring_loss}
 # Of these sizes are the parts; the last has no positives.
@@ -246,78 +244,6 @@ def rows_of(labels: Any, index: Any) -> Any:
     if isinstance(labels, Tensor):
         return labels[index]
     return type(labels)(labels.words[index], labels.rule)
-
-
-def errors(rank: int, world: int, form: str) -> None:
-    """Whatever is wrong on one rank is raised on all of them."""
-    x, labels, _ = data(torch.float32)
-    own, last = part(rank, world), rank == world - 1
-    x, labels = x[own], labels[own]
-    loss = FORMS[form](flashmetric.SupConLoss())
-
-    def fail(*_: Any) -> None:
-        raise MemoryError("no memory on the last rank")
-
-    failing = flashmetric.SupConLoss()
-    if last:
-        failing.register_forward_pre_hook(fail)
-
-    def raised(run: Callable[[], object]) -> str:
-        try:
-            run()
-        except Exception as error:  # noqa: BLE001 - what kind it is, is the question
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
-
-    def disagree(what: str, *given: Any, call: nn.Module = loss) -> None:
-        message = raised(lambda: call(*given))
-        assert "RankError" in message and what in message, message
-
-    def wrong(what: str, *given: Any) -> None:
-        message = raised(lambda: loss(*given))
-        assert (what if last else f"wrong arguments on rank {world - 1}") in message, message
-
-    ids = torch.stack([labels, labels], 1)
-    disagree("number of features", x[:, :4] if last else x, labels)
-    disagree("dtype of embeddings", x.double() if last else x, labels)
-    disagree("use of ref_emb", *((x, labels, x, labels) if last else (x, labels)))
-    words = Labels(ids, "equal") if last else labels
-    disagree("number of words per label", x, words, x, words)
-    rule = Labels(labels, "any") if last else labels
-    disagree("kind of labels", x, rule, x, rule)
-    disagree("loss and kind", x, labels, call=FORMS[form](flashmetric.SupConLoss(0.1 + last)))
-    kind = flashmetric.TripletMarginLoss() if last else flashmetric.SupConLoss()
-    disagree("loss and kind", x, labels, call=FORMS[form](kind))
-    wrong("ValueError: labels", x, labels[1:] if last else labels)
-    wrong("TypeError: embeddings", None if last else x, labels)
-    wrong("TypeError: embeddings", x.long() if last else x, labels)
-    nowhere = (x.to("meta"), labels.to("meta")) if last else (x, labels)
-    wrong("ValueError: embeddings must be on a device", *nowhere)
-    wrong("labels must be one class", x, Labels(ids, "equal") if last else labels)
-    per_class = flashmetric.MarginLoss(learn_beta=True, num_classes=200)
-    message = raised(lambda: FORMS[form](per_class)(x, labels))
-    assert "ValueError: loss must not have a margin or beta per class" in message, message
-    disagree("need of gradients", x.clone().requires_grad_(last), labels)
-    message = raised(lambda: FORMS[form](failing)(x, labels))
-    assert ("MemoryError" if last else "another rank has failed") in message, message
-    # The group still works.
-    assert loss(x, labels).isfinite()
-
-
-def ends(rank: int, store: str, form: str) -> None:
-    """A process that is killed between two steps; the exit code of the other says what it saw."""
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
-    loss = FORMS[form](flashmetric.SupConLoss())
-    x, labels, _ = data(torch.float32)
-    loss(x, labels)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        loss(x, labels)
-    except RuntimeError:
-        # Nor does the group let go of what is under way.
-        os._exit(0)
-    os._exit(1)
 
 
 def compiled(rank: int, world: int) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import distributed_cases
+import distributed_failures
 from flashmetric import (
     NPairsLoss,
     PairLoss,
@@ -49,10 +50,24 @@ def test_every_loss(world: int, form: str, started: Callable[[int], Ranks]) -> N
 
 @pytest.mark.parametrize("form", distributed_cases.FORMS)
 @pytest.mark.parametrize(
-    "case", ["data_parallel", "sharded", "towers", "errors", "default_backend"]
+    "case",
+    [
+        distributed_cases.data_parallel,
+        distributed_cases.sharded,
+        distributed_cases.towers,
+        distributed_cases.default_backend,
+        distributed_failures.errors,
+        distributed_failures.out_of_memory,
+        distributed_failures.pickled,
+    ],
+    ids=lambda case: case.__name__,
 )
-def test_two_ranks(case: str, form: str, started: Callable[[int], Ranks]) -> None:
-    started(2).run(getattr(distributed_cases, case), form)
+def test_two_ranks(case: Callable[..., None], form: str, started: Callable[[int], Ranks]) -> None:
+    started(2).run(case, form)
+
+
+def test_choice_among_anchors(started: Callable[[int], Ranks]) -> None:
+    started(2).run(distributed_failures.choice_among_anchors)
 
 
 def test_mined(started: Callable[[int], Ranks]) -> None:
@@ -64,7 +79,7 @@ def test_a_process_that_is_killed(form: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     given = str(tmp_path / "store"), form
     processes = [
-        context.Process(target=distributed_cases.ends, args=(rank, *given)) for rank in range(2)
+        context.Process(target=distributed_failures.ends, args=(rank, *given)) for rank in range(2)
     ]
     for process in processes:
         process.start()

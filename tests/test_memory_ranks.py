@@ -13,6 +13,7 @@ from flashmetric import (
     ContrastiveLoss,
     CrossBatchMemory,
     GradCache,
+    LearnedTemperature,
     MomentumQueue,
     SupConLoss,
     grad_cache,
@@ -115,13 +116,19 @@ def raises(error, match, call):
         call()
 
 
+def fail(*_):
+    raise MemoryError("the loss fails")
+
+
 def failing_together(rank):
     from flashmetric.distributed.agreement import RankError
 
     x, labels = make_rows(7, 5), make_labels(7, 3)
     bad = rank == 1
-    memory = CrossBatchMemory(SupConLoss(), 25, group=dist.group.WORLD)
-    queue = MomentumQueue(25, group=dist.group.WORLD)
+    loss = SupConLoss(LearnedTemperature(0.1).double())
+    memory = CrossBatchMemory(loss, 25, group=dist.group.WORLD)
+    temperature = LearnedTemperature(0.1).double()
+    queue = MomentumQueue(25, temperature=temperature, group=dist.group.WORLD)
     for full in (False, True):
         before = copy.deepcopy(memory.state_dict()), copy.deepcopy(queue.state_dict())
         raises(
@@ -144,6 +151,13 @@ def failing_together(rank):
         # What fails only while the loss is computed.
         pairs = (torch.full((1,), 99 if bad else 0),) * 4
         raises(ValueError if bad else RankError, "", lambda p=pairs: memory(x, labels, p))
+        for module in (memory, queue):
+            hook = module.loss.temperature.register_forward_pre_hook(fail) if bad else None
+            second = x if module is queue else labels
+            match = "the loss fails" if bad else "another rank has failed"
+            raises(MemoryError if bad else RankError, match, lambda m=module, s=second: m(x, s))
+            if hook is not None:
+                hook.remove()
         for module, state in zip((memory, queue), before, strict=True):
             assert all(torch.equal(getattr(module, name), state[name]) for name in STATE)
         memory(x, labels)
@@ -153,6 +167,15 @@ def failing_together(rank):
     if bad:
         memory.reset()
     raises(RankError, "place of the next row", lambda: memory(x, labels))
+    for features in (None, 5):
+        options = {"embedding_size": features, "group": dist.group.WORLD}
+        for options["dtype"] in (torch.float16 if bad else None, torch.float64):
+            keeping = CrossBatchMemory(SupConLoss(), 25, **options), MomentumQueue(25, **options)
+            for module, second in zip(keeping, (labels, x), strict=True):
+                if options["dtype"] == torch.float64:
+                    module(x, second)
+                else:
+                    raises(RankError, "the rows held", lambda m=module, s=second: m(x, s))
     # Each rank on its own: nothing to agree on outside of training.
     if bad:
         assert queue.eval()(x, x) > 0
@@ -170,7 +193,9 @@ def copies(rank):
             second = x if isinstance(module, MomentumQueue) else labels
             module(x, second)
             copied = [copy.deepcopy(torch.nn.Sequential(module))[0]]
-            assert copied[0].group is group
+            shared = copy.copy(module)
+            assert copied[0].group is group and shared.group is group
+            assert all(getattr(shared, name) is getattr(module, name) for name in STATE)
             if group is part:
                 raises(
                     TypeError, "group must be None or the default", lambda m=module: pickle.dumps(m)

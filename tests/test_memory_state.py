@@ -62,6 +62,10 @@ def wrong_states(state):
         "integer rows": {**state, "embeddings": state["embeddings"].long()},
         "float labels": {**state, "labels": state["labels"].double()},
         "no tensor": {**state, "filled": 3},
+        "pointer beyond the end": {**state, "pointer": torch.tensor(6)},
+        "negative pointer": {**state, "pointer": torch.tensor(-1)},
+        "more than all": {**state, "filled": torch.tensor(7)},
+        "fewer than none": {**state, "filled": torch.tensor(-1)},
         "missing": {name: value for name, value in state.items() if name != "labels"},
     }
 
@@ -92,6 +96,24 @@ def test_a_state_that_does_not_fit_changes_nothing(wrong, fixed):
     assert all(torch.equal(getattr(held, n), before[n]) for n in STATE)
     memory.load_state_dict(other.state_dict())
     assert all(torch.equal(getattr(held, n), getattr(other["m"], n)) for n in STATE)
+
+
+@pytest.mark.parametrize("learning", [torch.nn.Parameter, lambda t: t.requires_grad_()])
+@pytest.mark.parametrize("assign", [False, True])
+def test_rows_of_a_state_do_not_learn(assign, learning):
+    memory, (first, second, third) = CrossBatchMemory(SupConLoss(), 16), batches(3, n=7)
+    memory(*first)
+    state = copy.deepcopy(memory.state_dict())
+    state["embeddings"] = learning(state["embeddings"])
+    fresh = CrossBatchMemory(SupConLoss(), 16)
+    fresh.load_state_dict(state, assign=assign)
+    assert not list(fresh.parameters()) and not fresh.embeddings.requires_grad
+    assert list(fresh.state_dict()) == list(STATE)
+    for x, labels in (second, third):
+        values = [module(x, labels) for module in (fresh, memory)]
+        torch.testing.assert_close(*values, rtol=0, atol=0)
+        values[0].backward()
+    assert state["embeddings"].grad is None
 
 
 def test_an_unknown_key_is_still_one():

@@ -187,7 +187,7 @@ class CrossBatchMemory(RowQueue):
             ValueError: an argument has the wrong shape, device or value; ``enqueue_mask`` comes
                 with ``indices_tuple``; or labels are of several classes per row or have groups.
             RankError: under ``group``, another rank has raised an error in this call, or ranks
-                differ in features, dtype, training mode or the state of their queues.
+                differ in features, dtypes, training mode or the state of their queues.
         """
         mask = enqueue_mask
         if self.group is None:

@@ -121,7 +121,7 @@ class MomentumQueue(RowQueue):
             TypeError: an argument has the wrong type or dtype.
             ValueError: an argument has the wrong shape, device or dtype.
             RankError: under ``group`` in training mode, another rank has raised an error in this
-                call, or ranks differ in features, dtype or the state of their queues.
+                call, or ranks differ in features, dtypes or the state of their queues.
         """
         if self.group is None or not self.training:
             self._check(queries, keys)
@@ -130,8 +130,9 @@ class MomentumQueue(RowQueue):
         else:
             gathered = Gathered(self, keys, False, lambda: self._check(queries, keys))
             with gathered.ranks.failing_together():
-                value = self._value(queries, keys.detach())
+                # First: nobody waits for the keys of a rank whose loss has failed.
                 entering = gathered(keys.detach())
+                value = self._value(queries, keys.detach())
         if self.training:
             labels = torch.zeros(len(entering), dtype=torch.int64, device=entering.device)
             self.enqueue(entering, labels)

@@ -15,12 +15,11 @@ from flashmetric.ops.distance import accumulate_dtype
 from flashmetric.ops.labels import IGNORED
 
 _STATE = ("embeddings", "labels", "pointer", "filled")
-# In a pickle, in place of the default process group: each process has its own object.
-_DEFAULT_GROUP = "default"
 _FACTS = (
     "rows",
     "same number of features",
     "same dtype of embeddings",
+    "same dtype of the rows held",
     "same use of enqueue_mask",
     "same training mode",
     "same size",
@@ -74,7 +73,7 @@ class RowQueue(GroupModule):
         self.size = size
         self.embedding_size = embedding_size
         self.dtype = dtype
-        self.group: dist.ProcessGroup | str | None = group
+        self.group = group
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             self.embeddings = torch.zeros((size, embedding_size or 0), dtype=dtype)
@@ -95,6 +94,12 @@ class RowQueue(GroupModule):
         if not self.embeddings.shape[1]:
             return like.new_zeros((self.size, like.shape[1]))
         return self.embeddings.to(like.device, like.dtype)
+
+    def held_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the queue keeps rows of ``dtype`` in."""
+        if self.embeddings.shape[1]:
+            return self.embeddings.dtype
+        return dtype if self.dtype is None else self.dtype
 
     def check_features(self, name: str, rows: Tensor) -> None:
         """Raise unless the rows have as many features as those of the queue."""
@@ -218,9 +223,14 @@ class RowQueue(GroupModule):
                 misfit
             )
             missing_keys += missing if strict else []
-        elif self.embedding_size is None:
-            # D and dtype that no argument has fixed are those of the state.
-            self._allocate(saved[0].shape[1], saved[0].dtype, self.embeddings.device)
+        else:
+            # With assign=True a parameter would become one of this module, and learn.
+            values = (value.detach() for value in saved)
+            names = (prefix + name for name in _STATE)
+            state_dict = {**state_dict, **dict(zip(names, values, strict=True))}
+            if self.embedding_size is None:
+                # D and dtype that no argument has fixed are those of the state.
+                self._allocate(saved[0].shape[1], saved[0].dtype, self.embeddings.device)
         with self._as_buffers():
             super()._load_from_state_dict(
                 state_dict,
@@ -250,19 +260,15 @@ class RowQueue(GroupModule):
                 "dtype mismatch: embeddings must be floating-point rows, and "
                 f"{', '.join(_STATE[1:])} int64; got {[value.dtype for value in saved]}"
             )
+        if any(value.is_meta for value in saved):
+            return ""
+        pointer, filled = (int(value) for value in saved[2:])
+        if not (0 <= pointer < self.size and 0 <= filled <= self.size):
+            return (
+                f"values out of range: pointer must be from 0 to {self.size - 1} and filled from 0 "
+                f"to {self.size}; got {pointer} and {filled}"
+            )
         return ""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle, which takes no other process group than the default one."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        if self.group is not None and self.group != _DEFAULT_GROUP:
-            if self.group is not dist.group.WORLD:
-                raise TypeError(
-                    "group must be None or the default process group for a queue to be pickled; "
-                    "got another one: save its state_dict() instead"
-                )
-            state["group"] = _DEFAULT_GROUP
-        return state
 
     def extra_repr(self) -> str:
         """Options, as the constructor takes them."""
@@ -284,24 +290,18 @@ class Gathered:
         # Not above: torch may have been built without what it imports.
         from flashmetric.distributed.agreement import GroupRanks, check_served
 
-        if queue.group == _DEFAULT_GROUP:
-            if not dist.is_initialized():
-                raise RuntimeError(
-                    "group is the default process group of the process that pickled this queue; "
-                    "call torch.distributed.init_process_group first"
-                )
-            queue.group = dist.group.WORLD
-        assert not isinstance(queue.group, str)
+        group = queue.joined_group()
         facts = dict.fromkeys(_FACTS, 0)
         error: Exception | None = None
         try:
             self.checked = check()
             """What ``check`` has returned."""
-            check_served(rows, queue.group)
+            check_served(rows, group)
             values = (
                 len(rows),
                 rows.shape[1],
                 EMBEDDING_DTYPES.index(rows.dtype),
+                EMBEDDING_DTYPES.index(queue.held_dtype(rows.dtype)),
                 int(masked),
                 int(queue.training),
                 queue.size,
@@ -312,7 +312,7 @@ class Gathered:
         except Exception as problem:  # noqa: BLE001 - told to all ranks, raised by agree()
             error = problem
         device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
-        self.ranks = GroupRanks(queue.group, device)
+        self.ranks = GroupRanks(group, device)
         table = self.ranks.agree(type(queue).__name__, facts, error)
         self.ranks.counts = [row[0] for row in table]
 
@@ -321,4 +321,4 @@ class Gathered:
         """Values of all ranks' rows, without gradient."""
         from flashmetric.distributed.rows import gather_rows
 
-        return gather_rows(values, self.ranks.counts, self.ranks.group)
+        return gather_rows(values, self.ranks.counts, self.ranks.group, self.ranks.settle)

@@ -87,13 +87,11 @@ class GroupRanks:
 
     def gather(self, values: Tensor) -> Tensor:
         """Values [N] of the anchors of all ranks; the gradient finds its way back."""
-        self.settle()
-        return gather_with_gradient(values, self.counts, self.group)
+        return gather_with_gradient(values, self.counts, self.group, self.settle)
 
     def merge(self, lse: LogSumExps) -> LogSumExps:
         """Log-sum-exps of references over the anchors of all ranks, alike on all of them."""
-        self.settle()
-        return merge_columns(lse, self.group)
+        return merge_columns(lse, self.group, self.settle)
 
     @property
     def begin(self) -> int:

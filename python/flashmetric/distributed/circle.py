@@ -43,8 +43,7 @@ class Circle:
     @contextmanager
     def rounds(self, rows: Tensor) -> Iterator[Iterator[tuple[int, Tensor]]]:
         """:meth:`Ring.rounds`, which end on all ranks even if one of them fails meanwhile."""
-        self._settle()
-        with closing(self.ring.rounds(rows.detach())) as rounds:
+        with closing(self.ring.rounds(rows.detach(), self._settle)) as rounds:
             yield rounds
 
     def pairs(self, x: Tensor, owner: int, block: Tensor) -> tuple[Any, ...]:

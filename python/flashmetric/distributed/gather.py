@@ -22,7 +22,8 @@ from flashmetric.miners.base import Miner
 from flashmetric.ops.labels import words
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# What these look at is not a statistic of an anchor over all references.
+# What these look at is not a statistic of an anchor over all references: they choose among the
+# anchors of all ranks, which a rank has only where they are the references.
 _CHOOSE_FROM_ALL = ("NPairsLoss", "QuadrupletLoss")
 _NEED_ALL_ROWS = ("NPairsLoss", "AngularLoss", "QuadrupletLoss")
 
@@ -93,20 +94,21 @@ class GatherLoss(GroupModule):
         ref_labels: Tensor | Labels | None = None,
     ) -> Tensor:
         """The loss of the batch that the rows of all ranks are, the same on every rank."""
-        alone, error, rows = ref_emb is None, None, None
+        group, alone, error, rows = self.joined_group(), ref_emb is None, None, None
         try:
             rows = _checked(embeddings, labels, ref_emb, ref_labels)
             self._check_served(rows, alone)
         except Exception as problem:  # noqa: BLE001 - told to all ranks, raised by agree()
             error = problem
         device = embeddings.device if isinstance(embeddings, Tensor) else torch.device("cpu")
-        ranks = GroupRanks(self.group, device)
-        counts = ranks.agree("gather_loss", self._facts(embeddings, rows, alone), error)
+        ranks = GroupRanks(group, device)
+        facts = self._facts(embeddings, rows, alone, labels is not None)
+        counts = ranks.agree("gather_loss", facts, error)
         assert rows is not None
         with ranks.failing_together():
             ranks.counts, ranks.one_batch = [row[0] for row in counts], alone
             refs, own, of_refs, rule = rows
-            every = gather_rows(of_refs, ranks.counts, self.group)
+            every = gather_rows(of_refs, ranks.counts, group, ranks.settle)
             here = slice(ranks.begin, ranks.begin + ranks.anchors)
             numbers = torch.arange(len(every), device=refs.device).unsqueeze(1)
             if labels is None:
@@ -119,7 +121,7 @@ class GatherLoss(GroupModule):
             if self.ring:
                 ranks.ring_labels, every = every, every[here]
             else:
-                refs = gather_with_gradient(refs, ranks.counts, self.group)
+                refs = gather_with_gradient(refs, ranks.counts, group, ranks.settle)
             given, chosen = (Labels(own, rule), Labels(every, rule)), None
             if self.miner is not None:
                 chosen = self.miner(embeddings, given[0], refs, given[1])
@@ -128,14 +130,18 @@ class GatherLoss(GroupModule):
             # Also a loss that was compiled by itself.
             with across(ranks), torch.compiler.set_stance("force_eager"):
                 value: Tensor = self.loss(embeddings, given[0], chosen, refs, given[1])
-        if not self.average:
-            return value
-        scaled: Tensor = _Scale.apply(value, ranks.size)  # type: ignore[no-untyped-call]
-        return scaled
+            if self.average:
+                value = _Scale.apply(value, ranks.size)  # type: ignore[no-untyped-call]
+        return value
 
     def _check_served(self, rows: _Rows, alone: bool) -> None:
         """Raise unless this loss and group can do with these rows."""
         check_served(rows.refs, self.group)
+        if not alone and type(self.loss).__name__ in _CHOOSE_FROM_ALL:
+            raise ValueError(
+                f"ref_emb must be None for {type(self.loss).__name__} over all ranks, which "
+                f"chooses among the anchors of all; got shape {tuple(rows.refs.shape)}"
+            )
         if alone and _has_numbers_per_class(self.loss):
             raise ValueError(
                 f"loss must not have a margin or beta per class without ref_emb; got {self.loss!r}"
@@ -148,7 +154,9 @@ class GatherLoss(GroupModule):
                 "ring: use form 'in' or gather_loss"
             )
 
-    def _facts(self, embeddings: Tensor, rows: _Rows | None, alone: bool) -> dict[str, int]:
+    def _facts(
+        self, embeddings: Tensor, rows: _Rows | None, alone: bool, labelled: bool
+    ) -> dict[str, int]:
         """What the ranks compare; of a rank with an error nobody reads it."""
         names = (
             "rows",
@@ -156,12 +164,17 @@ class GatherLoss(GroupModule):
             "same dtype of embeddings",
             "same type of device",
             "same use of ref_emb",
-            "same need of gradients (requires_grad, no_grad)",
+            "same use of labels",
+            "same form (0 gather_loss, 1 ring_loss)",
+            "same average",
+            "same need of gradients (requires_grad of rows and of each parameter, no_grad)",
             "same number of words per label",
             "same loss and kind of labels",
         )
         if rows is None:
             return dict.fromkeys(names, 0)
+        learned = (*self.loss.parameters(), *self.loss.buffers())
+        grads = [t.requires_grad for t in (embeddings, rows.refs, *learned)]
         options = f"{self.loss!r} {self.miner!r} {rows.rule}"
         values = (
             len(rows.refs),
@@ -169,7 +182,10 @@ class GatherLoss(GroupModule):
             _DTYPES.index(embeddings.dtype),
             zlib.crc32(rows.refs.device.type.encode()),
             int(alone),
-            torch.is_grad_enabled() * (embeddings.requires_grad + 2 * rows.refs.requires_grad),
+            int(labelled),
+            int(self.ring),
+            int(self.average),
+            zlib.crc32(bytes(grads)) if torch.is_grad_enabled() and any(grads) else 0,
             rows.labels.shape[1],
             zlib.crc32(options.encode()),
         )
@@ -246,7 +262,8 @@ def gather_loss(
     Args:
         loss: a loss module of this package with a reduction, but no :class:`~flashmetric.PairLoss`
             and no :class:`~flashmetric.SoftTripletLoss`. Its options have to be the same on all
-            ranks. A margin or beta per class needs ``ref_emb``.
+            ranks. A margin or beta per class needs ``ref_emb``; N-pairs and quadruplets, which
+            choose among the anchors of all ranks, take none.
         group: the ranks; None for all of the default group.
         average: the gradient is multiplied by the number of ranks, for DistributedDataParallel and
             FSDP2, which average gradients over ranks (default). False if they are added up. This
@@ -265,7 +282,8 @@ def gather_loss(
 
     Raises:
         RankError: another rank has raised an error in this call, or ranks disagree in the number of
-            features, dtypes, device type, label rule, or the loss and its options; on every rank.
+            features, dtypes, device type, use of labels and references, label rule, need of
+            gradients, ``average``, or the loss, its form and its options; on every rank.
             What happens outside of this call, in the encoder or in ``backward()``, is not told:
             the others wait until that process ends, or for the timeout of the group.
         TypeError, ValueError: as the loss; labels of several words need ``ref_emb``.

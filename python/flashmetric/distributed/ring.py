@@ -19,17 +19,26 @@ class Ring:
         self._next = ranks[(self.rank + 1) % self.size]
         self._before = ranks[(self.rank - 1) % self.size]
 
-    def rounds(self, rows: Tensor) -> Generator[tuple[int, Tensor], None, None]:
+    def rounds(
+        self, rows: Tensor, settle: Callable[[], None] | None = None
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """The block of every rank in turn, own first; the next one travels in the meantime.
 
-        Yields the rank and its rows. Two blocks are held at a time.
+        Yields the rank and its rows, which the round after the next overwrites. Two blocks are held
+        at a time, besides the rows. ``settle`` raises if another rank has failed; nothing that it
+        could not tell of, as of memory that runs out, happens afterwards.
         """
         here, stopped = self._padded(rows), False
+        places = [torch.empty_like(here)] if self.size > 1 else []
+        if self.size > 2:
+            places.append(torch.empty_like(here) if here is rows else here)
+        if settle is not None:
+            settle()
         for step in range(self.size):
             owner = (self.rank - step) % self.size
             arriving, wait = here, _nothing
             if step + 1 < self.size:
-                arriving = torch.empty_like(here)
+                arriving = places[step % len(places)]
                 wait = self._pass_on(here, arriving)
             try:
                 if not stopped:
@@ -55,25 +64,26 @@ class Ring:
         """
         most = max(self.counts)
         sums = torch.zeros((most, *rows.shape[1:]), dtype=dtype, device=rows.device)
+        spare = torch.empty_like(sums) if self.size > 1 else sums
         for owner, block in self.rounds(rows):
             arriving, wait = sums, _nothing
             if owner != self.rank:
                 # What the ranks before have found of this block travels while this one adds to it.
-                arriving = torch.empty_like(sums)
+                arriving, spare = spare, sums
                 wait = self._pass_on(sums, arriving)
             own = add(owner, block)
             wait()
             sums = arriving
             sums[: self.counts[owner]] += own
         if self.size > 1:
-            home = torch.empty_like(sums)
-            self._pass_on(sums, home)()
-            sums = home
+            self._pass_on(sums, spare)()
+            sums = spare
         return sums[: self.counts[self.rank]]
 
-    def largest(self, number: int, device: torch.device) -> int:
+    def largest(self, number: int, device: torch.device, settle: Callable[[], None]) -> int:
         """The largest of the numbers that the ranks have; waits for them."""
         largest = torch.tensor(number, device=device)
+        settle()
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return int(largest)
 

@@ -50,7 +50,7 @@ class RingPairs(AllPairs):
         super().__init__(embeddings, labels, refs, ref_labels, rule, distance, anchor_scale)
         self.references = sum(ring.counts)
         self._circle = Circle(ring, settle, labels, ref_labels, rule, distance)
-        self._refs = refs
+        self._refs, self._settle = refs, settle
 
     def _worth_ordering(self) -> bool:
         return False
@@ -129,5 +129,5 @@ class RingPairs(AllPairs):
         """See :meth:`Pairs.positives`; as many columns on every rank."""
         if limit is None:
             most = largest(self.counts()[0])
-            limit = self._circle.ring.largest(most, self.embeddings.device)
+            limit = self._circle.ring.largest(most, self.embeddings.device, self._settle)
         return Pairs.positives(self, limit)

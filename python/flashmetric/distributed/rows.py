@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of all ranks, with the way back for their gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,38 +9,53 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Concatenate the rows of all ranks, of which rank r has ``counts[r]``; without a gradient."""
+def gather_rows(
+    rows: Tensor, counts: list[int], group: dist.ProcessGroup | None, settle: Callable[[], None]
+) -> Tensor:
+    """Concatenate the rows of all ranks, of which rank r has ``counts[r]``; without a gradient.
+
+    ``settle`` raises if another rank has failed. It comes between what needs memory and what needs
+    the others: whoever runs out of memory keeps nobody waiting.
+    """
     most, equal = max(counts), min(counts) == max(counts)
     if not equal:
         padded = rows.new_zeros((most, *rows.shape[1:]))
         padded[: len(rows)] = rows
         rows = padded
+    rows = rows.contiguous()
     every = rows.new_empty((len(counts), most, *rows.shape[1:]))
-    dist.all_gather(list(every.unbind()), rows.contiguous(), group=group)
+    parts = list(every.unbind())
+    settle()
+    dist.all_gather(parts, rows, group=group)
     if equal:
         return every.flatten(0, 1)
-    return torch.cat([part[:count] for part, count in zip(every, counts, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def gather_with_gradient(
-    rows: Tensor, counts: list[int], group: dist.ProcessGroup | None
+    rows: Tensor, counts: list[int], group: dist.ProcessGroup | None, settle: Callable[[], None]
 ) -> Tensor:
     """:func:`gather_rows`; backward gives each rank the sum of all ranks' gradients of its rows."""
-    every: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
+    every: Tensor = _GatherRows.apply(  # type: ignore[no-untyped-call]
+        rows, counts, group, settle
+    )
     return every
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup | None
+        ctx: Any,
+        rows: Tensor,
+        counts: list[int],
+        group: dist.ProcessGroup | None,
+        settle: Callable[[], None],
     ) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        return gather_rows(rows.detach(), counts, group)
+        return gather_rows(rows.detach(), counts, group, settle)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         counts: list[int] = ctx.counts
         most = max(counts)
         parts = list(grad.contiguous().split(counts))
@@ -50,4 +66,4 @@ class _GatherRows(torch.autograd.Function):
                 part[: len(of_rank)] = of_rank
         own = torch.empty_like(parts[0])
         dist.reduce_scatter(own, parts, group=ctx.group)
-        return own[: counts[dist.get_rank(ctx.group)]], None, None
+        return own[: counts[dist.get_rank(ctx.group)]], None, None, None
