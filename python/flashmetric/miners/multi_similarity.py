@@ -10,7 +10,7 @@ from flashmetric.functional.all_pairs import AllPairs
 from flashmetric.functional.pairs import largest
 from flashmetric.functional.triplet import check_max_positives
 from flashmetric.miners.base import Miner, PairIndices, as_pairs, limit_of
-from flashmetric.miners.slabs import entries, row_slabs
+from flashmetric.miners.slabs import RowSlab, listed
 from flashmetric.ops.distance import Distance
 from flashmetric.ops.labels import Kind
 
@@ -75,9 +75,9 @@ class MultiSimilarityMiner(Miner):
 
     def mine(self, pairs: AllPairs, fixed_size: bool) -> PairIndices:
         """See :meth:`Miner.mine`."""
-        listed = self.max_positives is None and self.max_negatives is None and not fixed_size
-        if listed and pairs.anchors * pairs.references <= _FEW_PAIRS:
-            return _listed(pairs, self.epsilon)
+        unlimited = self.max_positives is None and self.max_negatives is None and not fixed_size
+        if unlimited and pairs.anchors * pairs.references <= _FEW_PAIRS:
+            return self._from_slabs(pairs)
         hardest = pairs.farthest("positive"), pairs.nearest("negative")
         complete = (hardest[0].valid & hardest[1].valid).squeeze(1)
         # Bounds that nothing is beyond keep anchors without the other kind out.
@@ -89,9 +89,22 @@ class MultiSimilarityMiner(Miner):
             kept = pairs.sum(bounds=(low, high))
             p = largest(kept.positives) if p is None else p
             n = largest(kept.negatives) if n is None else n
-            if listed and max(p, n) > _LONG_LIST * pairs.references:
-                return _listed(pairs, self.epsilon)
+            if unlimited and max(p, n) > _LONG_LIST * pairs.references:
+                return self._from_slabs(pairs)
         return as_pairs(_beyond(pairs, "positive", p, low), _beyond(pairs, "negative", n, high))
+
+    def _from_slabs(self, pairs: AllPairs) -> PairIndices:
+        """All pairs that are found, from explicit distances."""
+        a1, p, a2, n = listed(pairs, self._chosen)
+        valid = (torch.ones_like(others, dtype=torch.bool) for others in (p, n))
+        return PairIndices(a1, p, a2, n, *valid)
+
+    def _chosen(self, slab: RowSlab) -> tuple[Tensor, Tensor]:
+        d = slab.distance
+        low = d.masked_fill(~slab.negative, torch.inf).amin(1, keepdim=True) - self.epsilon
+        high = d.masked_fill(~slab.positive, -torch.inf).amax(1, keepdim=True) + self.epsilon
+        # NaN, of a pair or as the bound, keeps nothing out.
+        return slab.positive & ~(d <= low), slab.negative & ~(d >= high)
 
 
 def _beyond(pairs: AllPairs, kind: Kind, count: int, bound: Tensor) -> Tensor:
@@ -102,20 +115,3 @@ def _beyond(pairs: AllPairs, kind: Kind, count: int, bound: Tensor) -> Tensor:
     # NaN, of a pair or as the bound, keeps nothing out.
     inside = ~(d <= bound) if kind == "positive" else ~(d >= bound)
     return found.other.masked_fill(~(found.valid & inside), -1)
-
-
-def _listed(pairs: AllPairs, epsilon: float) -> PairIndices:
-    """All pairs that are found, in the order of their rows, from explicit distances."""
-    nothing = torch.empty(0, dtype=torch.int64, device=pairs.embeddings.device)
-    found: tuple[list[Tensor], ...] = tuple([nothing] for _ in range(4))
-    for slab in row_slabs(pairs):
-        d = slab.distance
-        low = d.masked_fill(~slab.negative, torch.inf).amin(1, keepdim=True) - epsilon
-        high = d.masked_fill(~slab.positive, -torch.inf).amax(1, keepdim=True) + epsilon
-        # NaN, of a pair or as the bound, keeps nothing out.
-        far = entries(slab.positive & ~(d <= low), slab.rows.start)
-        near = entries(slab.negative & ~(d >= high), slab.rows.start)
-        for column, part in zip(found, (*far, *near), strict=True):
-            column.append(part)
-    a1, p, a2, n = (torch.cat(column) for column in found)
-    return PairIndices(a1, p, a2, n, torch.ones_like(p).bool(), torch.ones_like(n).bool())

@@ -5,7 +5,7 @@ Unlike the kernels' own sweeps these never wait for the device. Near pairs are n
 differences: the inner products are in float64 instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,10 +63,23 @@ def row_slabs(pairs: AllPairs, measured: bool = True) -> Iterator[RowSlab]:
         yield RowSlab(rows, positive, negative, d)
 
 
-def entries(mask: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-    """Anchors and columns of the entries of a mask [rows, M] of a slab that begins with a row."""
-    rows, columns = torch.where(mask)
-    return rows + begin, columns
+def listed(
+    pairs: AllPairs, choose: Callable[[RowSlab], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, ...]:
+    """Pairs (a1, p, a2, n) that ``choose`` marks, in row order; waits for the device to count.
+
+    Args:
+        pairs: all pairs.
+        choose: of a slab, which entries are chosen positives and which negatives, bool.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device=pairs.embeddings.device)
+    found: tuple[list[Tensor], ...] = tuple([nothing] for _ in range(4))
+    for slab in row_slabs(pairs):
+        places = (torch.where(mask) for mask in choose(slab))
+        parts = [part for rows, others in places for part in (rows + slab.rows.start, others)]
+        for column, part in zip(found, parts, strict=True):
+            column.append(part)
+    return tuple(torch.cat(column) for column in found)
 
 
 def _distances(x: Tensor, r: Tensor, distance: str) -> Tensor:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The miners of pytorch-metric-learning, fused where the kernels can choose."""
 
-import torch
 from pytorch_metric_learning import miners as peer
 from pytorch_metric_learning.miners import (
     AngularMiner,
@@ -13,7 +12,7 @@ from pytorch_metric_learning.miners import (
 from torch import Tensor
 
 from flashmetric import miners
-from flashmetric.miners.slabs import entries, row_slabs
+from flashmetric.miners.slabs import RowSlab, listed
 from flashmetric.pml.batch import Batch
 from flashmetric.pml.fallback import NotFusedError
 from flashmetric.pml.fused_miner import FusedMiner, in_order, mined_pairs, of_signed
@@ -102,15 +101,13 @@ class PairMarginMiner(FusedMiner, peer.PairMarginMiner):
     def fused(self, batch: Batch) -> tuple[Tensor, ...]:
         """See :meth:`FusedMiner.fused`."""
         low, high = batch.sign * float(self.pos_margin), batch.sign * float(self.neg_margin)
-        nothing = torch.empty(0, dtype=torch.int64, device=batch.embeddings.device)
-        found: tuple[list[Tensor], ...] = tuple([nothing] for _ in range(4))
-        for slab in row_slabs(mined_pairs(batch)):
+
+        def beyond(slab: RowSlab) -> tuple[Tensor, Tensor]:
             # NaN is beyond every margin.
-            far = entries(slab.positive & ~(slab.distance <= low), slab.rows.start)
-            near = entries(slab.negative & ~(slab.distance >= high), slab.rows.start)
-            for column, part in zip(found, (*far, *near), strict=True):
-                column.append(part)
-        return tuple(torch.cat(column) for column in found)
+            d = slab.distance
+            return slab.positive & ~(d <= low), slab.negative & ~(d >= high)
+
+        return listed(mined_pairs(batch), beyond)
 
 
 class TripletMarginMiner(FusedMiner, peer.TripletMarginMiner):

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from sentence_transformers.sentence_transformer import losses as peer
 from torch import Tensor
-from torch.nn import functional
 
 from flashmetric.functional.all_pairs import pair_distance
 from flashmetric.functional.normalize import normalize_rows
@@ -38,11 +37,10 @@ def _distances(loss: Any, embeddings: list[Tensor]) -> Tensor | None:
         first, second = normalize_rows(first), normalize_rows(second)
         rows = torch.arange(len(first), device=first.device)
         return pair_distance(first, second, rows, rows, metric)
-    # The parent's function, with what it adds to each difference; half precision would round that
-    # away.
+    # Half precision would round away what the function adds to each difference.
     dtype = accumulate_dtype(first.dtype)
-    p = 1.0 if metric == "cityblock" else 2.0
-    return functional.pairwise_distance(first.to(dtype), second.to(dtype), p)
+    distances: Tensor = loss.distance_metric(first.to(dtype), second.to(dtype))
+    return distances
 
 
 class ContrastiveLoss(peer.ContrastiveLoss):
